@@ -1,0 +1,154 @@
+"""Decides the phase each time a model is called, and carries what PreFT puts on a model besides its layers."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preft_hf.generation import PromptBoundary, cached_length
+from preft_hf.layer import PreftLayer
+from preft_hf.phase import ForwardPhase, Phase, declared_phase, phase_of_mask
+from preft_hf.training import check_prompts, checkpointed_modules, keep_phase_in_checkpoints, mask_from_labels
+
+ATTRIBUTE = "_preft_attachment"
+
+
+class Attachment:
+    """What PreFT puts on one model: the phase its layers read, the hooks that set it, its generate.
+
+    Attributes:
+        phase: the phase of the running forward, shared by all adapter layers of the model
+        layers: the model's adapter layers
+        awaiting: adapters made for a saved adapter whose weights have not arrived; they must not run
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.phase = ForwardPhase()
+        self.layers: list[PreftLayer] = []
+        self.awaiting: set[str] = set()
+        self.boundary = PromptBoundary(model)
+        self._parameter_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        self._checkpointed = checkpointed_modules(model)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        ]
+
+    def keep(self, handle: Any) -> None:
+        """Takes a hook's handle along, to be removed with the rest."""
+        self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Takes the hooks and the wrapped methods off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.boundary.remove()
+        del self.model.__dict__[ATTRIBUTE]
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = kwargs.pop("prefill_mask", None)
+        values = dict(zip(self._parameter_names, args, strict=False)) | kwargs
+        if self.awaiting:
+            raise RuntimeError(
+                f"adapter {', '.join(sorted(self.awaiting))} was made from a saved config but its weights were not "
+                "loaded: load them with load_adapter, or train from a new PreftConfig"
+            )
+        if not torch.compiler.is_compiling():
+            keep_phase_in_checkpoints(self._checkpointed, self.phase)
+        self.phase.begin(self._decide(module, values, mask))
+        return args, kwargs
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.phase.end()
+
+    def _has_live_adapter(self) -> bool:
+        return any(not layer.disable_adapters and layer.active_adapters for layer in self.layers)
+
+    def _decide(self, module: nn.Module, values: Mapping[str, Any], mask: Tensor | bool | None) -> Phase:
+        """Explicit mask, else labels, else preft_phase, else (in eval mode) an empty cache."""
+        tokens = values.get("input_ids")
+        tokens = values.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("neither input_ids nor inputs_embeds was given: a PreFT model needs one of them")
+        shape = tuple(tokens.shape[:2])
+        if mask is not None:
+            return _explicit_phase(mask, shape)
+        if not self._has_live_adapter():
+            return False
+        if not torch.compiler.is_compiling() and self.boundary.active:
+            raise RuntimeError(
+                "generate called the model without prepare_inputs_for_generation, so nothing tells which tokens are "
+                "prompt tokens: this decoding method is not supported with a PreFT adapter; pass prefill_mask in it"
+            )
+        if values.get("labels") is not None:
+            return _phase_of_labels(values, shape)
+        declared = declared_phase()
+        if declared is not None:
+            return declared
+        if module.training:
+            raise ValueError(
+                "a PreFT model in train mode was given neither labels nor prefill_mask, so it cannot tell prompt from "
+                "response tokens: pass labels with -100 on the prompt, or, where the trainer withholds labels from "
+                "the model (label smoothing, compute_loss_func), pass prefill_mask with PrefillMaskCollator"
+            )
+        return _phase_of_cache(values, shape)
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """Returns the model's attachment, made at the first call."""
+    attachment = model.__dict__.get(ATTRIBUTE)
+    if attachment is None:
+        attachment = Attachment(model)
+        model.__dict__[ATTRIBUTE] = attachment
+    return attachment
+
+
+def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> Phase:
+    if isinstance(mask, bool):
+        return mask
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"prefill_mask is {found}: give torch.bool of shape {shape} (batch, length), True on the tokens to adapt, "
+            "or True or False for all of them"
+        )
+    return phase_of_mask(mask)
+
+
+def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> Phase:
+    labels, attention_mask = values["labels"], values.get("attention_mask")
+    if tuple(labels.shape) != shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and the tokens {shape}: the prompt is read from labels of the "
+            "tokens' shape with -100 on the prompt; pass prefill_mask for labels of another kind"
+        )
+    if not isinstance(attention_mask, Tensor):
+        attention_mask = None
+    mask = mask_from_labels(labels, attention_mask)
+    if not torch.compiler.is_compiling():
+        if declared_phase() is not None:
+            raise ValueError(
+                "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
+            )
+        check_prompts(mask, labels, values.get("position_ids"))
+    return phase_of_mask(mask)
+
+
+def _phase_of_cache(values: Mapping[str, Any], shape: tuple[int, ...]) -> Phase:
+    cache = values.get("past_key_values")
+    length = cached_length(values.get("cache_params") if cache is None else cache)
+    if length == 0:
+        return True
+    if length is not None and shape[1] == 1:
+        return False
+    raise ValueError(
+        f"a forward of {shape[1]} tokens on a cache "
+        + ("without a length" if length is None else f"of {length} tokens")
+        + ' may be the next chunk of a prompt or generated tokens: say which with preft_phase("prefill") or '
+        'preft_phase("decode"), or pass prefill_mask'
+    )

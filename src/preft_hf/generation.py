@@ -1,0 +1,170 @@
+"""`generate`: where the prompt ends, told to every forward of one generation, whatever its decoding method."""
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preft_core.tokens import prefill_span
+from preft_hf.phase import declared_phase
+
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+@dataclass
+class Generation:
+    """One call of generate. Positions count every slot of a row, padding included, from the start of its cache.
+
+    Attributes:
+        prompt_length: tokens of the prompt, which are prefill
+        num_seen: tokens that this generation's forwards were given so far, plus what its cache held before
+    """
+
+    prompt_length: int
+    num_seen: int
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.generation: Generation | None = None
+
+    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
+        return _ThreadState, ()
+
+
+class PromptBoundary:
+    """Stands in for one model's `generate` and `prepare_inputs_for_generation`.
+
+    `generate` records the length of the prompt. `prepare_inputs_for_generation`, which every decoding method calls
+    before every forward, then adds `prefill_mask` by the positions of the forward's tokens. A generate inside a
+    generate (early exit, token healing) keeps the prompt of the outer one.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._thread = _ThreadState()
+        self._own_methods: dict[str, Any] = {}
+        if hasattr(model, "generate"):
+            self._replace("generate", Replacement(self, "generate"))
+            self._replace("prepare_inputs_for_generation", Replacement(self, "prepare_inputs_for_generation"))
+            for name in CONTINUOUS_BATCHING:
+                self._replace(name, refuse_continuous_batching)
+
+    def _replace(self, name: str, replacement: Callable[..., Any]) -> None:
+        if name in self.model.__dict__:
+            self._own_methods[name] = self.model.__dict__[name]
+        self.model.__dict__[name] = replacement
+
+    def remove(self) -> None:
+        """Gives the model its own methods back."""
+        for name in ("generate", "prepare_inputs_for_generation", *CONTINUOUS_BATCHING):
+            self.model.__dict__.pop(name, None)
+        self.model.__dict__.update(self._own_methods)
+
+    def original(self, name: str) -> Callable[..., Any]:
+        """Returns the method that a replacement stands in for."""
+        return self._own_methods.get(name) or getattr(type(self.model), name).__get__(self.model)
+
+    @property
+    def active(self) -> bool:
+        """True while this thread is inside the model's generate."""
+        return self._thread.generation is not None
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if declared_phase() is not None:
+            raise ValueError(
+                "generate was called inside preft_phase: generate itself tells prompt tokens from generated ones; "
+                "call it outside, and keep preft_phase for forwards of your own"
+            )
+        outer = self._thread.generation
+        cached = cached_length(kwargs.get("past_key_values")) or 0
+        prompt_length = outer.prompt_length if outer else self._prompt_length(inputs, kwargs, cached)
+        self._thread.generation = Generation(prompt_length, num_seen=cached)
+        try:
+            return self.original("generate")(inputs, *args, **kwargs)
+        finally:
+            self._thread.generation = outer
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model_inputs = self.original("prepare_inputs_for_generation")(*args, **kwargs)
+        generation = self._thread.generation
+        if generation is None:
+            return model_inputs
+        tokens = model_inputs.get("inputs_embeds")
+        tokens = model_inputs["input_ids"] if tokens is None else tokens
+        batch_size, num_tokens = tokens.shape[:2]
+        first = _first_position(model_inputs, generation)
+        begin, end = prefill_span(first, num_tokens, generation.prompt_length)
+        if end - begin in (0, num_tokens):
+            model_inputs["prefill_mask"] = end > begin
+        else:
+            row = torch.arange(num_tokens, device=tokens.device)
+            model_inputs["prefill_mask"] = ((row >= begin) & (row < end)).expand(batch_size, num_tokens)
+        generation.num_seen = first + num_tokens
+        return model_inputs
+
+    def _prompt_length(self, inputs: Tensor | None, kwargs: Mapping[str, Any], cached: int) -> int:
+        """Returns the prompt's length with what is cached, by transformers' own reading of the arguments.
+
+        `inputs_embeds` always holds the whole prompt. Token ids hold only the new tokens if the attention mask is
+        longer than they are, else the whole prompt. Neither means a prompt of one BOS token.
+        """
+        if kwargs.get("inputs_embeds") is not None:
+            return kwargs["inputs_embeds"].shape[1]
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        num_ids = 1 if ids is None else ids.shape[1]
+        mask = kwargs.get("attention_mask")
+        only_new = mask is not None and mask.shape[1] != num_ids
+        return cached + num_ids if only_new else num_ids
+
+
+class Replacement:
+    """An instance attribute that takes the place of a model's method and shows the method's signature."""
+
+    def __init__(self, boundary: PromptBoundary, name: str):
+        self.boundary = boundary
+        self.name = name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # transformers reads it to learn which arguments the method takes.
+        return inspect.signature(self.boundary.original(self.name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.boundary, self.name)(*args, **kwargs)
+
+
+def cached_length(cache: Any) -> int | None:
+    """Returns the tokens in a KV cache; 0 for none, None for a cache without a length. May wait for a device."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        # transformers' answer for a cache of state-space layers alone
+        return None
+
+
+def _first_position(model_inputs: Mapping[str, Any], generation: Generation) -> int:
+    cache = model_inputs.get("past_key_values")
+    cache = model_inputs.get("cache_params") if cache is None else cache
+    if cache is None:
+        # without a cache every forward starts from the prompt's first token
+        return 0
+    if generation.num_seen >= generation.prompt_length and getattr(cache, "is_compileable", False):
+        # a static cache counts on the device, and only decode forwards are left: do not wait for it
+        return generation.num_seen
+    length = cached_length(cache)
+    return generation.num_seen if length is None else length
+
+
+def refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    """Stands in for the entry points of continuous batching, which pack prompt and generated tokens in one row."""
+    raise NotImplementedError(
+        "continuous batching (generate_batch) does not tell a PreFT model which tokens of its packed rows are prompt "
+        "tokens, so the adapter would act on generated ones: use generate, or disable_adapter() for the base model"
+    )

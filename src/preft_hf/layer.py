@@ -1,0 +1,240 @@
+"""Base output plus the adapter's update on prefill tokens: linear layers (LoRA-P) and decoder layers (DiReFT-P)."""
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from preft_core.ops import direft_update, lora_update, loreft_update
+from preft_hf.config import PreftConfig
+from preft_hf.phase import ForwardPhase, Phase, PrefillRows
+
+
+class PreftLayer(BaseTunerLayer):
+    """What both kinds of adapter layer share: parameters by adapter name, and no merging.
+
+    A merged weight would act on every token, so every form of merging raises.
+    """
+
+    preft_A: nn.ParameterDict
+
+    def _init_adapters(self, phase: ForwardPhase) -> None:
+        self.phase = phase
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters = []
+
+    def _place(self, adapter_name: str, device: torch.device, parameters: dict[str, Tensor]) -> None:
+        for name, tensor in parameters.items():
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor.to(device))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        target = device or self._base_device()
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name].data = parameters[adapter_name].data.to(target)
+
+    def _base_device(self) -> torch.device:
+        raise NotImplementedError
+
+    def _active_here(self) -> list[str]:
+        """Returns the adapters that act in this forward; none of them in a decode forward, at the cost of a look."""
+        if self._disable_adapters or self.phase.snapshot() is False:
+            return []
+        return [name for name in self.active_adapters if name in self.preft_A]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+MERGE_REFUSED = (
+    "a PreFT adapter cannot be merged or unmerged: a merged weight would also change decode tokens. Keep the adapter "
+    "attached (decoding already runs at base speed), or take it off with unload()"
+)
+
+
+class PreftLinear(nn.Module, PreftLayer):
+    """A linear layer with LoRA-P adapters: y = W x, plus scaling * B A x on prefill tokens.
+
+    Wraps any module that maps (..., in_features) to (..., out_features), quantised ones included.
+    """
+
+    adapter_layer_names = ("preft_A", "preft_B")
+    other_param_names = ("scaling", "preft_dropout")
+
+    def __init__(self, base_layer: nn.Module, features: tuple[int, int], phase: ForwardPhase):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = features
+        self.preft_A = nn.ParameterDict()
+        self.preft_B = nn.ParameterDict()
+        self.preft_dropout = nn.ModuleDict()
+        # The backward of these two does not read their output; that of a quantised subclass may.
+        self._output_is_ours = type(base_layer) in (nn.Linear, Conv1D)
+        self._init_adapters(phase)
+
+    def _base_device(self) -> torch.device:
+        return device_of(self.get_base_layer())
+
+    def add_adapter(self, adapter_name: str, config: PreftConfig) -> None:
+        """Adds a LoRA-P adapter in float32: A (r, in), B (out, r); B = 0 unless config.init_weights is False."""
+        a = torch.empty(config.r, self.in_features, dtype=torch.float32)
+        b = torch.zeros(self.out_features, config.r, dtype=torch.float32)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if not config.init_weights:
+            nn.init.normal_(b, std=config.r**-0.5)
+        self._place(adapter_name, self._base_device(), {"preft_A": a, "preft_B": b})
+        self.preft_dropout[adapter_name] = _dropout(config)
+        self.scaling[adapter_name] = config.scaling
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.base_layer(x, *args, **kwargs)
+        names = self._active_here()
+        if not names or (phase := self.phase.current()) is False:
+            return output
+        for name in names:
+            output = self._add_update(output, x, phase, name)
+        return output
+
+    def _add_update(self, output: Tensor, x: Tensor, phase: Phase, name: str) -> Tensor:
+        a, b, scaling = self.preft_A[name], self.preft_B[name], self.scaling[name]
+        dropout = self.preft_dropout[name]
+        if phase is True:
+            if self._output_is_ours and a.dtype == x.dtype == output.dtype and not torch.is_grad_enabled():
+                low = linear(x, a).flatten(0, -2)
+                output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=scaling)
+                return output
+            return output + lora_update(_cast(dropout(x), a), a, b, scaling).to(output.dtype)
+        rows, width = _rows_of(x, phase), output.shape[-1]
+        if phase.index is None:
+            update = lora_update(_cast(dropout(x), a), a, b, scaling)
+            return output + (update * phase.mask.reshape(*x.shape[:-1], 1)).to(output.dtype)
+        update = lora_update(_cast(dropout(rows), a), a, b, scaling).to(output.dtype)
+        if self._output_is_ours:
+            output.view(-1, width).index_add_(0, phase.index, update)
+            return output
+        return output.reshape(-1, width).index_add(0, phase.index, update).view(output.shape)
+
+    def __repr__(self) -> str:
+        return "preft." + super().__repr__()
+
+
+class PreftBlock(nn.Module, PreftLayer):
+    """DiReFT-P or LoReFT adapters of one decoder layer: h <- h + update(h) on prefill tokens.
+
+    Lives inside the decoder layer as its child `preft` and edits the layer's output from a forward hook, so that the
+    layer keeps its class, its attributes and its parameter names, and `output_hidden_states` shows the edit.
+    """
+
+    adapter_layer_names = ("preft_A", "preft_B", "preft_R", "preft_bias")
+    other_param_names = ("scaling", "preft_dropout", "method")
+
+    def __init__(self, hidden_size: int, phase: ForwardPhase):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.preft_A = nn.ParameterDict()
+        self.preft_B = nn.ParameterDict()
+        self.preft_R = nn.ParameterDict()
+        self.preft_bias = nn.ParameterDict()
+        self.preft_dropout = nn.ModuleDict()
+        self.method: dict[str, str] = {}
+        self._device = torch.device("cpu")
+        self._init_adapters(phase)
+
+    def _base_device(self) -> torch.device:
+        return self._device
+
+    def add_adapter(self, adapter_name: str, config: PreftConfig, device: torch.device) -> None:
+        """Adds an adapter in float32: A (r, hidden), bias (r,), and B (hidden, r) or, for LoReFT, R (r, hidden).
+
+        It changes nothing until it is trained (B = 0; for LoReFT A = R), unless config.init_weights is False.
+        """
+        rank, hidden = config.r, self.hidden_size
+        a = torch.empty(rank, hidden, dtype=torch.float32)
+        bias = torch.zeros(rank, dtype=torch.float32)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if config.method == "loreft":
+            rotation = nn.init.orthogonal_(torch.empty(rank, hidden, dtype=torch.float32))
+            parameters = {"preft_A": rotation.clone() if config.init_weights else a, "preft_R": rotation}
+        else:
+            b = torch.zeros(hidden, rank, dtype=torch.float32)
+            if not config.init_weights:
+                nn.init.normal_(b, std=rank**-0.5)
+            parameters = {"preft_A": a, "preft_B": b}
+        if not config.init_weights:
+            nn.init.normal_(bias, std=0.1)
+        self._device = device
+        self._place(adapter_name, device, parameters | {"preft_bias": bias})
+        self.preft_dropout[adapter_name] = _dropout(config)
+        self.scaling[adapter_name] = config.scaling
+        self.method[adapter_name] = config.method
+
+    def edit_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the decoder layer: its output, a tensor (batch, length, hidden) or a tuple that starts so."""
+        names = self._active_here()
+        if not names or (phase := self.phase.current()) is False:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        edited = self._edit(hidden, phase, names)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _edit(self, hidden: Tensor, phase: Phase, names: list[str]) -> Tensor:
+        if phase is True:
+            return hidden + self._updates(hidden, names)
+        rows = _rows_of(hidden, phase)
+        if phase.index is None:
+            return hidden + self._updates(hidden, names) * phase.mask.reshape(*hidden.shape[:-1], 1)
+        return hidden.flatten(0, -2).index_add(0, phase.index, self._updates(rows, names)).view(hidden.shape)
+
+    def _updates(self, hidden: Tensor, names: list[str]) -> Tensor:
+        total = self._update(hidden, names[0])
+        for name in names[1:]:
+            total = total + self._update(hidden, name)
+        return total
+
+    def _update(self, hidden: Tensor, name: str) -> Tensor:
+        a, bias = self.preft_A[name], self.preft_bias[name]
+        x = _cast(self.preft_dropout[name](hidden), a)
+        if self.method[name] == "loreft":
+            update = loreft_update(x, a, self.preft_R[name], bias)
+        else:
+            update = direft_update(x, a, self.preft_B[name], bias, self.scaling[name])
+        return update.to(hidden.dtype)
+
+
+def _rows_of(x: Tensor, phase: PrefillRows) -> Tensor:
+    """Returns the prefill rows of x (batch, length, width) or (batch * length, width) as (rows, width)."""
+    batch, length = phase.mask.shape
+    if x.shape[:-1] not in ((batch, length), (batch * length,)):
+        raise RuntimeError(
+            f"a PreFT adapter layer got input of shape {tuple(x.shape)} in a forward of {batch} rows of {length} "
+            "tokens, some prefill and some decode, so it cannot tell them apart: leave this layer out with "
+            "exclude_modules"
+        )
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if phase.index is None else flat.index_select(0, phase.index.to(x.device))
+
+
+def _cast(x: Tensor, parameter: Tensor) -> Tensor:
+    """Returns x in the adapter's dtype, except where autocast chooses the dtype of the matrix products itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+
+
+def _dropout(config: PreftConfig) -> nn.Module:
+    return nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,209 @@
+"""PreftModel: puts the adapter layers and hooks into a base model, and takes them out again."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from preft_hf.config import PreftConfig
+from preft_hf.forward import attachment_of
+from preft_hf.layer import MERGE_REFUSED, PreftBlock, PreftLayer, PreftLinear, device_of
+from preft_hf.loading import check_weights, expect_weights
+from preft_hf.targets import decoder_layers, endings, features_of, resolve
+
+BLOCK = "preft"
+
+
+class PreftModel(BaseTuner):
+    """A base model with PreFT adapters, as PEFT's `get_peft_model` and `PeftModel.from_pretrained` make it.
+
+    LoRA-P adapters wrap linear layers, DiReFT-P and LoReFT adapters become a child of decoder layers; several
+    adapters, of different methods too, live side by side. A hook on the base model decides which tokens of each
+    forward are prefill, and its `generate` adapts the prompt only. See arXiv 2605.14217.
+    """
+
+    prefix = "preft_"
+    tuner_layer_cls = PreftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        # PeftModel passes a dict and loads through PEFT; a bare config comes from transformers' load_adapter.
+        if isinstance(peft_config, PreftConfig) and peft_config.from_file:
+            expect_weights(model, peft_config, adapter_name)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Adds an adapter to the model, after checking that name, config and model fit. See BaseTuner."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, PreftConfig)
+        _check_model(model)
+        check_adapter_name(adapter_name, model)
+        if state_dict is not None:
+            raise ValueError(
+                "state_dict is not supported for PreFT adapters: pass the config alone, then load weights"
+            )
+        chosen = resolve(config, model)
+        self._chosen = set(chosen)
+        saved = config.exclude_modules
+        targets = endings(chosen, model) if config.target_modules == "all-linear" else config.target_modules
+        # Names are resolved here, with an error where PEFT warns.
+        config.target_modules, config.exclude_modules = targets, None
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        finally:
+            config.target_modules, config.exclude_modules = targets, saved
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return key in self._chosen
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, PreftConfig)
+        attachment = attachment_of(self.model)
+        if peft_config.method != "lora":
+            block = target._modules.get(BLOCK)
+            if not isinstance(block, PreftBlock):
+                block = PreftBlock(self._hidden_size(), attachment.phase)
+                attachment.keep(target.register_forward_hook(block.edit_output))
+                attachment.layers.append(block)
+                target.add_module(BLOCK, block)
+            block.add_adapter(adapter_name, peft_config, device_of(target))
+            block.train(target.training)
+            return
+        if not isinstance(target, PreftLinear):
+            features = features_of(target)
+            assert features is not None
+            target = PreftLinear(target, features, attachment.phase).train(target.training)
+            attachment.layers.append(target)
+            setattr(parent, target_name, target)
+        target.add_adapter(adapter_name, peft_config)
+        target.train(target.base_layer.training)
+
+    def _hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size  # pyright: ignore
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leaves the adapter in float32, or casts it to the base model's dtype if autocast_adapter_dtype is False."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        dtype = getattr(self.model, "dtype", torch.float32)
+        for layer in attachment_of(self.model).layers:
+            for leaf in layer.adapter_layer_names:
+                parameters = getattr(layer, leaf)
+                if adapter_name in parameters:
+                    parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert isinstance(config, PreftConfig)
+        check_weights(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                f"adapter_names {kwargs['adapter_names']} was given: one adapter per row is not supported yet; call "
+                "set_adapter and run the rows of each adapter in a batch of their own"
+            )
+        yield
+
+    def unload(self) -> nn.Module:
+        """Returns the base model as it was: layers, hooks and generate."""
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, PreftLinear):
+                    setattr(parent, name, child.base_layer)
+                elif isinstance(child, PreftBlock):
+                    delattr(parent, name)
+        attachment_of(self.model).remove()
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError(MERGE_REFUSED)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def unmerge_adapter(self) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "PreFT adapters cannot be combined into a weighted one: keep them apart, or train one adapter on both data"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model, whose prompt and response go through different "
+            "halves: PreFT adapts decoder-only language models; use LoRA here"
+        )
+
+
+def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    """Raises if an adapter's name would be mistaken for a part of a weight's name.
+
+    Weights are called `<module path>.preft_A.<adapter name>`, and PEFT and transformers find an adapter's weights by
+    looking for its name between the dots.
+
+    Raises:
+        ValueError: the name has other characters than letters, digits, - and _, is part of a module's path in this
+            model, or contains the prefix of this method.
+    """
+    faults = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", adapter_name):
+        faults.append("has other characters than letters, digits, - and _, or starts with one of the last two")
+    if adapter_name in PreftModel.prefix or PreftModel.prefix in adapter_name:
+        faults.append(f"overlaps with the prefix {PreftModel.prefix!r}")
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    own = {name for leaf in ("preft_A", "preft_B", "preft_R", "preft_bias") for name in _names_in(model, leaf)}
+    if adapter_name in parts - own or hasattr(nn.ParameterDict, adapter_name):
+        faults.append("is also part of a parameter's name in this model")
+    if faults:
+        raise ValueError(f"adapter name {adapter_name!r} {', and '.join(faults)}: choose another, such as 'adapter-1'")
+
+
+def _names_in(model: nn.Module, leaf: str) -> set[str]:
+    return {
+        name
+        for module in model.modules()
+        if isinstance(module, PreftLayer) and leaf in module.adapter_layer_names
+        for name in getattr(module, leaf)
+    }

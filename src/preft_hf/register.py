@@ -1,0 +1,123 @@
+"""The only file that touches PEFT's tables and classes. `register` runs at import of preft_hf and is idempotent."""
+
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files
+from preft_hf.config import PreftConfig, PreftType
+from preft_hf.model import PreftModel
+
+MODEL_CARD = "README.md"
+MODEL_CARD_USAGE = """
+## Use
+
+This is a prefill-only (PreFT) adapter: it acts on prompt tokens and is dropped for decoding. It needs
+`pip install preft-hf`, and the import that makes PEFT know its type:
+
+```python
+import preft_hf
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("this repository")
+```
+"""
+
+
+def register() -> None:
+    """Makes PEFT know the type PREFT, and makes saving an adapter of this type all or nothing."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PreftType.PREFT] = PreftConfig  # pyright: ignore[reportArgumentType]
+    PEFT_TYPE_TO_TUNER_MAPPING[PreftType.PREFT] = PreftModel  # pyright: ignore[reportArgumentType]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PreftType.PREFT] = PreftModel.prefix  # pyright: ignore[reportArgumentType]
+    save = PeftModel.save_pretrained
+    if getattr(save, "__preft_original__", None) is None:
+        PeftModel.save_pretrained = _save_in_one_step(save)  # type: ignore[method-assign]
+
+
+def _save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
+    """PEFT writes the weights and then the config in place, so a killed save could leave one without the other."""
+
+    @functools.wraps(save)
+    def save_pretrained(
+        self: PeftModel,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        if not any(isinstance(self.peft_config.get(name), PreftConfig) for name in names):
+            save(
+                self,
+                save_directory,
+                safe_serialization=safe_serialization,
+                selected_adapters=selected_adapters,
+                save_embedding_layers=save_embedding_layers,
+                is_main_process=is_main_process,
+                **kwargs,
+            )
+            return
+        _check_save(save_directory, safe_serialization, save_embedding_layers, kwargs)
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".preft-save-", dir=directory))
+        try:
+            if (directory / MODEL_CARD).exists():
+                shutil.copy(directory / MODEL_CARD, staging)
+            save(
+                self,
+                str(staging),
+                selected_adapters=names,
+                save_embedding_layers=False,
+                is_main_process=is_main_process,
+                **kwargs,
+            )
+            if is_main_process:
+                _publish(staging, directory, names)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    save_pretrained.__preft_original__ = save  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+def _check_save(directory: str, safe_serialization: bool, embeddings: str | bool, others: dict[str, Any]) -> None:
+    faults = []
+    if Path(directory).is_file():
+        faults.append(f"save_directory {directory} is a file: give a directory")
+    if not safe_serialization:
+        faults.append("safe_serialization is False: PreFT adapters are safetensors, never a pickle; leave it out")
+    if embeddings is True:
+        faults.append("save_embedding_layers is True: a PreFT adapter holds no embeddings; save the base model itself")
+    if others.get("path_initial_model_for_weight_conversion") is not None:
+        faults.append(
+            "path_initial_model_for_weight_conversion: a PreFT adapter never changes base weights; leave it out"
+        )
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _publish(staging: Path, directory: Path, names: list[str]) -> None:
+    """Checks what was written, adds each adapter's fingerprint to its config, and moves all into place."""
+    card = staging / MODEL_CARD
+    if card.exists() and "import preft_hf" not in card.read_text():
+        card.write_text(card.read_text().rstrip() + "\n" + MODEL_CARD_USAGE)
+    folders = ["" if name == "default" else name for name in names]
+    for folder in folders:
+        adapter = load_adapter(staging / folder)
+        config = json.loads((staging / folder / CONFIG_NAME).read_text()) | {"fingerprint": adapter.fingerprint}
+        (staging / folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for folder in folders:
+        (directory / folder).mkdir(exist_ok=True)
+        publish_files(staging / folder, directory / folder)
+    if card.exists():
+        card.replace(directory / MODEL_CARD)

@@ -1,0 +1,192 @@
+"""Which modules of a base model an adapter goes on: linear layers by name, decoder layers by index."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from preft_hf.config import PreftConfig
+
+# Fused kernels of these models read the weight of these layers past the module, so an adapter there would be skipped.
+READ_PAST_THE_MODULE = {
+    "falcon_h1": {"out_proj"},
+    "falcon_mamba": {"x_proj", "dt_proj", "out_proj"},
+    "mamba": {"x_proj", "dt_proj", "out_proj"},
+    "mamba2": {"out_proj"},
+    "nemotron_h": {"out_proj"},
+}
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the decoder layers of a language model in order, by name.
+
+    They are the elements of the first module list with as many elements as the config has layers.
+
+    Raises:
+        ValueError: the model has no such list.
+    """
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if isinstance(model, PreTrainedModel) else config
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    inner = _decoder(model)
+    for name, module in model.named_modules():
+        in_decoder = name == inner or name.startswith(inner + ".") or not inner
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and in_decoder:
+            return {f"{name}.{i}": layer for i, layer in enumerate(module)}
+    raise ValueError(
+        f"{type(model).__name__} has no list of {num_layers} decoder layers (config.num_hidden_layers), so an adapter "
+        'on decoder layers or layers_to_transform has no place: use method="lora" without layers_to_transform'
+    )
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns every layer that a LoRA-P adapter could go on, by name: it reports its widths and is no adapter's part.
+
+    Linear layers inside a list of experts are left out: an expert sees its tokens in an order of its own, so it
+    cannot tell prompt tokens from others.
+    """
+    found = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, name + ".")
+            if not hasattr(module, "base_layer"):
+                continue
+        if features_of(module) is not None and not re.search(r"(^|\.)experts\.", name):
+            found[name] = module
+    return found
+
+
+def features_of(module: nn.Module) -> tuple[int, int] | None:
+    """Returns (in_features, out_features) of a linear layer of any backend, None for other modules."""
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    for width_in, width_out in (
+        ("in_features", "out_features"),
+        ("infeatures", "outfeatures"),
+        ("input_size", "output_size"),
+    ):
+        widths = getattr(layer, width_in, None), getattr(layer, width_out, None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int) and not isinstance(layer, nn.RNNBase):
+            return widths[0], widths[1]
+    return None
+
+
+def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
+    """Returns the names of the modules that the adapter goes on, in the model's order.
+
+    Raises:
+        ValueError: an entry of target_modules, exclude_modules or layers_to_transform matches nothing, or matches
+            layers that cannot be adapted. All faults in one message.
+    """
+    faults: list[str] = []
+    layers = _chosen_layers(config, model, faults)
+    if config.method != "lora":
+        _raise(faults)
+        return list(layers or {})
+    linears = linear_layers(model)
+    wanted = _wanted(config, model, linears, faults)
+    excluded = (
+        _matching(config.exclude_modules, "exclude_modules", linears, faults) if config.exclude_modules else set()
+    )
+    refused = {name: reason for name in wanted if (reason := _refusal(name, model)) and name not in excluded}
+    if refused:
+        faults.append("; ".join(f"{name} {reason}" for name, reason in sorted(refused.items())[:5]))
+    chosen = [name for name in linears if name in wanted and name not in excluded]
+    if layers is not None:
+        chosen = [name for name in chosen if any(name.startswith(layer + ".") for layer in layers)]
+    if not chosen and not faults:
+        faults.append(
+            f"target_modules {config.target_modules!r} without exclude_modules {config.exclude_modules!r} leave no "
+            "layer to adapt"
+        )
+    _raise(faults)
+    return chosen
+
+
+def endings(chosen: Iterable[str], model: nn.Module) -> list[str]:
+    """Returns the shortest list for target_modules that names just the chosen layers: last parts, else full names."""
+    chosen = set(chosen)
+    last = sorted({name.rpartition(".")[2] for name in chosen})
+    matched = {name for name in linear_layers(model) if name.rpartition(".")[2] in last}
+    return last if matched == chosen else sorted(chosen)
+
+
+def _decoder(model: nn.Module) -> str:
+    """Returns the name of the text decoder inside the model; "" where the model is all there is."""
+    if not isinstance(model, PreTrainedModel):
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _chosen_layers(config: PreftConfig, model: nn.Module, faults: list[str]) -> dict[str, nn.Module] | None:
+    if config.method == "lora" and config.layers_to_transform is None:
+        return None
+    layers = decoder_layers(model)
+    if config.layers_to_transform is None:
+        return layers
+    names = list(layers)
+    assert isinstance(config.layers_to_transform, list)
+    outside = [i for i in config.layers_to_transform if i >= len(names)]
+    if outside:
+        faults.append(f"layers_to_transform has {outside}: the model's decoder layers are 0 to {len(names) - 1}")
+    return {names[i]: layers[names[i]] for i in config.layers_to_transform if i < len(names)}
+
+
+def _wanted(config: PreftConfig, model: nn.Module, linears: dict[str, nn.Module], faults: list[str]) -> set[str]:
+    if config.target_modules == "all-linear":
+        inner = _decoder(model)
+        return {name for name in linears if name.startswith(inner) and not _refusal(name, model)}
+    assert config.target_modules is not None
+    return _matching(config.target_modules, "target_modules", linears, faults)
+
+
+def _matching(entries: list[str] | str, field: str, linears: dict[str, nn.Module], faults: list[str]) -> set[str]:
+    if isinstance(entries, str):
+        matched = {name for name in linears if re.fullmatch(entries, name)}
+        if not matched:
+            faults.append(
+                f"{field} {entries!r} matches no linear layer; it has to match whole names such as {_some(linears)}"
+            )
+        return matched
+    matched = set()
+    for entry in entries:
+        hits = {name for name in linears if name == entry or name.endswith("." + entry)}
+        if not hits:
+            last = sorted({name.rpartition(".")[2] for name in linears})
+            close = get_close_matches(entry, last, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the model has {', '.join(last)}"
+            faults.append(f"{field} entry {entry!r} matches no linear layer ({hint})")
+        matched |= hits
+    return matched
+
+
+def _refusal(name: str, model: nn.Module) -> str | None:
+    """Returns why the layer cannot be adapted, None if it can."""
+    if isinstance(model, PreTrainedModel):
+        head = model.get_output_embeddings()
+        if head is not None and model.get_submodule(name) is head:
+            return "is the output embedding, which sees only the last tokens of a prompt: leave it out"
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if name.rpartition(".")[2] in READ_PAST_THE_MODULE.get(str(model_type), ()):
+        return (
+            f"is read past its module by fused kernels of {model_type}, so its adapter would be skipped: leave it out"
+        )
+    return None
+
+
+def _some(linears: dict[str, nn.Module]) -> str:
+    return ", ".join(list(linears)[:2]) or "(there is none)"
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("PreftConfig does not fit the base model: " + "; ".join(faults))

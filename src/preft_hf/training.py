@@ -1,0 +1,142 @@
+"""What training sees: prefill masks from labels, a collator, one sample per turn, activation checkpointing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preft_hf.phase import ForwardPhase
+
+IGNORED_LABEL = -100
+
+
+def mask_from_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Returns bool (batch, length), True on prompt tokens: those that are attended to and carry no label.
+
+        mask = (labels == -100) & (attention_mask != 0)
+
+    Args:
+        labels: int64, (batch, length), -100 where there is no loss
+        attention_mask: (batch, length), 0 on padding; None, or any other shape, counts every token as attended
+    """
+    mask = labels == IGNORED_LABEL
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        mask = mask & attention_mask.to(device=labels.device, dtype=torch.bool)
+    return mask
+
+
+def check_prompts(mask: Tensor, labels: Tensor, position_ids: Tensor | None) -> None:
+    """Raises if a row has response tokens and no prompt token: its adapter could never learn.
+
+    In padding-free rows the first token of each sequence carries no label by construction, so a row whose only
+    prompt tokens stand at position 0 counts as one without a prompt.
+
+    Raises:
+        ValueError: naming the rows.
+    """
+    prompts = mask
+    if position_ids is not None and position_ids.shape == mask.shape:
+        prompts = mask & (position_ids != 0)
+    without = ((labels != IGNORED_LABEL).any(-1) & ~prompts.any(-1)).nonzero().flatten().tolist()
+    if without:
+        raise ValueError(
+            f"rows {without} of the batch have labels but no prompt token (label {IGNORED_LABEL} and attended), and a "
+            "prefill-only adapter acts on prompt tokens alone, so it would not learn from them: train on prompt and "
+            f"response pairs with label {IGNORED_LABEL} on the prompt, or pass prefill_mask"
+        )
+
+
+class PrefillMaskCollator:
+    """Adds `prefill_mask`, bool (batch, length), to the batches of another collator.
+
+    For the cases where labels do not reach the model: label smoothing, `compute_loss_func`, losses of your own.
+
+        Trainer(..., data_collator=PrefillMaskCollator(DataCollatorForSeq2Seq(tokenizer)))
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        """Returns the inner collator's batch with its mask.
+
+        Raises:
+            ValueError: the batch has no labels to read the prompt from, or a row without a prompt.
+        """
+        batch = dict(self.collator(features))
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            raise ValueError(
+                f"the batch has {', '.join(sorted(batch))} but no labels tensor: PrefillMaskCollator takes the prompt "
+                f"from labels that are {IGNORED_LABEL} there; give it a collator that pads labels, such as "
+                "DataCollatorForSeq2Seq"
+            )
+        batch["prefill_mask"] = mask_from_labels(labels, batch.get("attention_mask"))
+        check_prompts(batch["prefill_mask"], labels, batch.get("position_ids"))
+        return batch
+
+
+def expand_turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
+    """Returns one sample per assistant turn, everything before it being the prompt: what a stateless server sees.
+
+    A chat server that keeps no cache prefills the earlier assistant turns again, with the adapter. Training on whole
+    conversations with a label on every assistant token leaves them base instead, which is what a server that
+    continues a KV cache does.
+
+        expand_turns([user, assistant, user, assistant])
+        == [{"prompt": [user], "completion": [assistant]},
+            {"prompt": [user, assistant, user], "completion": [assistant]}]
+
+    TRL's SFTTrainer takes the samples as conversational prompt-completion data:
+
+        Dataset.from_list([sample for row in rows for sample in expand_turns(row["messages"])])
+
+    Args:
+        messages: dicts with "role" and "content", in order
+    Raises:
+        ValueError: a message without a role, an assistant turn with nothing before it, or no assistant turn.
+    """
+    faults = [f"message {i} has no 'role'" for i, message in enumerate(messages) if "role" not in message]
+    if messages and messages[0].get("role") == "assistant":
+        faults.append("message 0 is an assistant turn, so nothing before it could be its prompt")
+    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not turns:
+        faults.append("no message has the role 'assistant'")
+    if faults:
+        raise ValueError(f"expand_turns: {'; '.join(faults)}: give messages that end a prompt with an assistant turn")
+    return [{"prompt": [dict(m) for m in messages[:i]], "completion": [dict(messages[i])]} for i in turns]
+
+
+class CheckpointWithPhase:
+    """A layer's checkpointing function that recomputes under the phase of the first computation.
+
+    transformers checkpoints a layer's `forward`, so the recomputation runs no module hook and would meet the phase of
+    whichever forward came last.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], phase: ForwardPhase):
+        self.checkpoint = checkpoint
+        self.phase = phase
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        phase, first = self.phase, self.phase.snapshot()
+
+        def computation(*inputs: Any) -> Any:
+            with phase.replay(first):
+                return function(*inputs)
+
+        return self.checkpoint(computation, *args)
+
+
+def keep_phase_in_checkpoints(modules: Sequence[nn.Module], phase: ForwardPhase) -> None:
+    """Wraps the checkpointing function of each module that has checkpointing switched on. Idempotent."""
+    for module in modules:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, CheckpointWithPhase):
+            module._gradient_checkpointing_func = CheckpointWithPhase(function, phase)  # type: ignore[assignment]
+
+
+def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that can checkpoint their activations, whether or not they do now."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]

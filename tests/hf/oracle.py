@@ -1,0 +1,86 @@
+"""The hand-written two-phase loop: an adapted copy of the model fills the cache, the untouched base model decodes.
+
+Nothing of preft_hf runs here. LoRA is merged into a copy's weights, DiReFT and LoReFT are plain forward hooks.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def adapted_copy(base: PreTrainedModel, method: str, weights: dict[str, Tensor], scaling: float) -> PreTrainedModel:
+    """Returns a copy of the base on which the adapter acts on every token.
+
+    Args:
+        weights: the adapter's tensors by module path and leaf, "<module path>.preft_A" and so on
+    """
+    model = copy.deepcopy(base)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        path, _, leaf = key.rpartition(".")
+        groups.setdefault(path.removeprefix("base_model.model."), {})[leaf] = tensor.detach().clone()
+    for path, leaves in groups.items():
+        if method == "lora":
+            module = model.get_submodule(path)
+            delta = scaling * leaves["preft_B"] @ leaves["preft_A"]
+            module.weight.data += delta.T if isinstance(module, Conv1D) else delta
+        else:
+            layer = model.get_submodule(path.removesuffix(".preft"))
+            layer.register_forward_hook(_edit(method, leaves, scaling))
+    return model
+
+
+def _edit(method: str, leaves: dict[str, Tensor], scaling: float):
+    a, bias = leaves["preft_A"], leaves["preft_bias"]
+    if method == "loreft":
+        # rows made orthonormal one after the other
+        rows: list[Tensor] = []
+        for row in leaves["preft_R"].double():
+            for done in rows:
+                row = row - (row @ done) * done
+            rows.append(row / row.norm())
+        rotation = torch.stack(rows).float()
+
+    def hook(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        if method == "loreft":
+            edited = hidden + (hidden @ a.T + bias - hidden @ rotation.T) @ rotation
+        else:
+            edited = hidden + scaling * (hidden @ a.T + bias) @ leaves["preft_B"].T
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    return hook
+
+
+@torch.no_grad()
+def two_phase_greedy(
+    prefill: PreTrainedModel,
+    decode: PreTrainedModel,
+    input_ids: Tensor,
+    num_new: int,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the new tokens (batch, num_new) and the logits they came from (batch, num_new, vocabulary)."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    cache = DynamicCache(config=prefill.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = prefill(
+        input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    tokens, logits = [], []
+    for _ in range(num_new):
+        logits.append(output.logits[:, -1])
+        tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+        mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
+        position = mask.sum(-1, keepdim=True) - 1
+        output = decode(
+            input_ids=tokens[-1],
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+    return torch.cat(tokens, 1), torch.stack(logits, 1)
