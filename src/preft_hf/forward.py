@@ -1,6 +1,7 @@
 """Decides the phase each time a model is called, and carries what PreFT puts on a model besides its layers."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ class Attachment:
         self.layers: list[PreftLayer] = []
         self.awaiting: set[str] = set()
         self.boundary = PromptBoundary(model)
+        self._checked_reach = False
         self._parameter_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._checkpointed = checkpointed_modules(model)
         self._handles = [
@@ -37,9 +39,12 @@ class Attachment:
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
 
-    def keep(self, handle: Any) -> None:
-        """Takes a hook's handle along, to be removed with the rest."""
-        self._handles.append(handle)
+    def add_layer(self, layer: PreftLayer, handle: Any = None) -> None:
+        """Takes an adapter layer into account, and the handle of its hook along, to be removed with the rest."""
+        self.layers.append(layer)
+        self._checked_reach = False
+        if handle is not None:
+            self._handles.append(handle)
 
     def remove(self) -> None:
         """Takes the hooks and the wrapped methods off the model."""
@@ -60,11 +65,32 @@ class Attachment:
             )
         if not torch.compiler.is_compiling():
             keep_phase_in_checkpoints(self._checkpointed, self.phase)
-        self.phase.begin(self._decide(module, values, mask))
+        phase = self._decide(module, values, mask)
+        self.phase.begin(phase)
+        if not self._checked_reach and phase is not False and not torch.compiler.is_compiling():
+            self.phase.reached = None if self.boundary.nested else set()
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.phase.end()
+        if self.phase.reached is not None:
+            self._check_reach(self.phase.reached, completed=output is not None)
+
+    def _check_reach(self, reached: set[int], completed: bool) -> None:
+        """Warns, after the first prefill, of adapter layers that did not run: the model reads their weights itself."""
+        self.phase.reached = None
+        if not completed:
+            return
+        self._checked_reach = True
+        skipped = [layer for layer in self.layers if not layer.disable_adapters and id(layer) not in reached]
+        if skipped:
+            names = {id(module): name for name, module in self.model.named_modules()}
+            warnings.warn(
+                f"the forward did not run the adapters of {len(skipped)} layers, such as "
+                f"{names.get(id(skipped[0]))}: the model takes another way past them, so they have no effect; leave "
+                "these layers out with exclude_modules or layers_to_transform",
+                stacklevel=2,
+            )
 
     def _has_live_adapter(self) -> bool:
         return any(not layer.disable_adapters and layer.active_adapters for layer in self.layers)

@@ -22,10 +22,12 @@ class Generation:
     Attributes:
         prompt_length: tokens of the prompt, which are prefill
         num_seen: tokens that this generation's forwards were given so far, plus what its cache held before
+        nested: True for a generate inside a generate
     """
 
     prompt_length: int
     num_seen: int
+    nested: bool
 
 
 class _ThreadState(threading.local):
@@ -74,6 +76,11 @@ class PromptBoundary:
         """True while this thread is inside the model's generate."""
         return self._thread.generation is not None
 
+    @property
+    def nested(self) -> bool:
+        """True while this thread is inside a generate that the model's generate called, such as early exit's."""
+        return self._thread.generation is not None and self._thread.generation.nested
+
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if declared_phase() is not None:
             raise ValueError(
@@ -83,7 +90,7 @@ class PromptBoundary:
         outer = self._thread.generation
         cached = cached_length(kwargs.get("past_key_values")) or 0
         prompt_length = outer.prompt_length if outer else self._prompt_length(inputs, kwargs, cached)
-        self._thread.generation = Generation(prompt_length, num_seen=cached)
+        self._thread.generation = Generation(prompt_length, num_seen=cached, nested=outer is not None)
         try:
             return self.original("generate")(inputs, *args, **kwargs)
         finally:

@@ -45,6 +45,8 @@ class PreftLayer(BaseTunerLayer):
         """Returns the adapters that act in this forward; none of them in a decode forward, at the cost of a look."""
         if self._disable_adapters or self.phase.snapshot() is False:
             return []
+        if self.phase.reached is not None:
+            self.phase.reached.add(id(self))
         return [name for name in self.active_adapters if name in self.preft_A]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -94,8 +94,7 @@ class PreftModel(BaseTuner):
             block = target._modules.get(BLOCK)
             if not isinstance(block, PreftBlock):
                 block = PreftBlock(self._hidden_size(), attachment.phase)
-                attachment.keep(target.register_forward_hook(block.edit_output))
-                attachment.layers.append(block)
+                attachment.add_layer(block, target.register_forward_hook(block.edit_output))
                 target.add_module(BLOCK, block)
             block.add_adapter(adapter_name, peft_config, device_of(target))
             block.train(target.training)
@@ -104,7 +103,7 @@ class PreftModel(BaseTuner):
             features = features_of(target)
             assert features is not None
             target = PreftLinear(target, features, attachment.phase).train(target.training)
-            attachment.layers.append(target)
+            attachment.add_layer(target)
             setattr(parent, target_name, target)
         target.add_adapter(adapter_name, peft_config)
         target.train(target.base_layer.training)

@@ -63,6 +63,9 @@ class ForwardPhase:
     The model's pre-forward hook calls `begin`, the adapter layers ask `current`, the post-forward hook calls `end`.
     torch.compile can trace neither thread-local nor context variables, so traced code reads a plain attribute. It
     holds the phase while one thread is in a forward, and SHARED, which layers refuse, while several are.
+
+    Attributes:
+        reached: ids of the adapter layers that have run, while somebody counts them; else None
     """
 
     def __init__(self) -> None:
@@ -70,6 +73,7 @@ class ForwardPhase:
         self._lock = threading.Lock()
         self._threads_in_forward: set[int] = set()
         self._traced: Phase | Undecided = Undecided.UNSET
+        self.reached: set[int] | None = None
 
     def __reduce__(self) -> tuple[type["ForwardPhase"], tuple[()]]:
         return ForwardPhase, ()

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files
+from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
 from preft_hf.config import PreftConfig, PreftType
 from preft_hf.model import PreftModel
 
@@ -115,7 +115,7 @@ def _publish(staging: Path, directory: Path, names: list[str]) -> None:
     for folder in folders:
         adapter = load_adapter(staging / folder)
         config = json.loads((staging / folder / CONFIG_NAME).read_text()) | {"fingerprint": adapter.fingerprint}
-        (staging / folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_config(staging / folder, config)
     for folder in folders:
         (directory / folder).mkdir(exist_ok=True)
         publish_files(staging / folder, directory / folder)

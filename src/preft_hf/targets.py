@@ -11,13 +11,18 @@ from transformers.pytorch_utils import Conv1D
 
 from preft_hf.config import PreftConfig
 
-# Fused kernels of these models read the weight of these layers past the module, so an adapter there would be skipped.
+# These models read the weight of these layers past the module, always or in fused kernels, so an adapter there would
+# be skipped.
 READ_PAST_THE_MODULE = {
+    "bamba": {"out_proj"},
     "falcon_h1": {"out_proj"},
     "falcon_mamba": {"x_proj", "dt_proj", "out_proj"},
+    "granitemoehybrid": {"out_proj"},
+    "jamba": {"dt_proj"},
     "mamba": {"x_proj", "dt_proj", "out_proj"},
     "mamba2": {"out_proj"},
     "nemotron_h": {"out_proj"},
+    "zamba2": {"out_proj"},
 }
 
 
@@ -177,9 +182,7 @@ def _refusal(name: str, model: nn.Module) -> str | None:
             return "is the output embedding, which sees only the last tokens of a prompt: leave it out"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if name.rpartition(".")[2] in READ_PAST_THE_MODULE.get(str(model_type), ()):
-        return (
-            f"is read past its module by fused kernels of {model_type}, so its adapter would be skipped: leave it out"
-        )
+        return f"is read past its module by {model_type}, so its adapter would be skipped: leave it out"
     return None
 
 

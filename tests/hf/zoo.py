@@ -38,7 +38,7 @@ SPECIFIC: dict[str, dict[str, object]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
     "phi3": {},
     "gpt2": {},
-    "gpt_neox": {},
+    "gpt_neox": {"num_key_value_heads": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "qwen2_moe": {
         "num_experts": 4,
@@ -47,19 +47,19 @@ SPECIFIC: dict[str, dict[str, object]] = {
         "shared_expert_intermediate_size": 16,
         "decoder_sparse_step": 1,
     },
-    "bamba": {
-        "attn_layer_indices": [1],
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
         "mamba_n_heads": 4,
-        "mamba_d_head": 16,
+        "mamba_d_head": 8,
         "mamba_n_groups": 1,
         "mamba_d_state": 8,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
         "mamba_chunk_size": 4,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48, "block_multiple_of": 8},
 }
 ARCHITECTURES = list(SPECIFIC)
-HYBRID = {"bamba"}
+# attention beside layers that keep a state instead of keys and values
+HYBRID = {"falcon_h1", "lfm2"}
 METHODS = ["lora", "direft", "loreft"]
 
 

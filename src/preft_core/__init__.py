@@ -1,0 +1,1 @@
+"""The parts of PreFT that need neither transformers nor peft: token rules, the adapter format, adapter arithmetic."""
