@@ -210,8 +210,8 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
     actual = fingerprint(config, tensors)
     if config.fingerprint not in (None, actual):
         raise AdapterError(
-            f"{directory}: the weights have fingerprint {actual} and {CONFIG_NAME} says {config.fingerprint}: the save "
-            "was interrupted or a file was changed; save or download the adapter again"
+            f"{directory}: the weights have fingerprint {actual} and {CONFIG_NAME} says {config.fingerprint}: the "
+            "save was interrupted or a file was changed; save or download the adapter again"
         )
     return Adapter(config, tensors, actual)
 

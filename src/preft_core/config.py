@@ -65,7 +65,7 @@ def config_faults(values: Mapping[str, object], *, resolved: bool = True) -> lis
     version = values.get("format_version", FORMAT_VERSION)
     if _is_int(version) and version > FORMAT_VERSION:  # type: ignore[operator]
         faults.append(
-            f"format_version is {version}: this preft-hf reads up to {FORMAT_VERSION}; upgrade preft-hf to read the adapter"
+            f"format_version is {version}: this preft-hf reads up to {FORMAT_VERSION}; upgrade preft-hf to read it"
         )
     return faults + _faults_between(values, resolved)
 
@@ -114,7 +114,9 @@ def parse_config(data: object) -> AdapterConfig:
     faults += config_faults({name: data[name] for name in known if name in data})
     if faults:
         raise AdapterError(f"{CONFIG_NAME}: " + "; ".join(faults))
-    values = {name: tuple(value) if isinstance(value := data[name], list) else value for name in known if name in data}
+    values: dict[str, Any] = {name: data[name] for name in known if name in data}
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
     return AdapterConfig(**values)
 
 

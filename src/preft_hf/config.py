@@ -126,7 +126,13 @@ class PreftConfig(PeftConfig):
                 f"{pickled} is a pickle, which can run code when it is read: PreFT adapters are {WEIGHTS_NAME} only; "
                 "ask whoever made the adapter to save it again"
             )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, PreftConfig):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds an adapter of type {config.peft_type}, not PreFT: read it "
+                "with peft's PeftConfig"
+            )
+        return config
 
 
 def _refuse_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:

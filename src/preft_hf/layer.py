@@ -102,8 +102,9 @@ class PreftLinear(nn.Module, PreftLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = self.base_layer(x, *args, **kwargs)
         names = self._active_here()
-        if not names or (phase := self.phase.current()) is False:
+        if not names:
             return output
+        phase = self.phase.current()
         for name in names:
             output = self._add_update(output, x, phase, name)
         return output
@@ -117,6 +118,8 @@ class PreftLinear(nn.Module, PreftLayer):
                 output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=scaling)
                 return output
             return output + lora_update(_cast(dropout(x), a), a, b, scaling).to(output.dtype)
+        if phase is False:
+            return output
         rows, width = _rows_of(x, phase), output.shape[-1]
         if phase.index is None:
             update = lora_update(_cast(dropout(x), a), a, b, scaling)
@@ -182,10 +185,11 @@ class PreftBlock(nn.Module, PreftLayer):
         self.method[adapter_name] = config.method
 
     def edit_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the decoder layer: its output, a tensor (batch, length, hidden) or a tuple that starts so."""
+        """Forward hook of the decoder layer, whose output is (batch, length, hidden) or a tuple that starts so."""
         names = self._active_here()
-        if not names or (phase := self.phase.current()) is False:
+        if not names:
             return None
+        phase = self.phase.current()
         hidden = output[0] if isinstance(output, tuple) else output
         edited = self._edit(hidden, phase, names)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
@@ -193,6 +197,8 @@ class PreftBlock(nn.Module, PreftLayer):
     def _edit(self, hidden: Tensor, phase: Phase, names: list[str]) -> Tensor:
         if phase is True:
             return hidden + self._updates(hidden, names)
+        if phase is False:
+            return hidden
         rows = _rows_of(hidden, phase)
         if phase.index is None:
             return hidden + self._updates(hidden, names) * phase.mask.reshape(*hidden.shape[:-1], 1)

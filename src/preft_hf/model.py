@@ -1,7 +1,7 @@
 """PreftModel: puts the adapter layers and hooks into a base model, and takes them out again."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from preft_hf.config import PreftConfig
 from preft_hf.forward import attachment_of
 from preft_hf.layer import MERGE_REFUSED, PreftBlock, PreftLayer, PreftLinear, device_of
 from preft_hf.loading import check_weights, expect_weights
-from preft_hf.targets import decoder_layers, endings, features_of, resolve
+from preft_hf.targets import endings, features_of, resolve
 
 BLOCK = "preft"
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -35,7 +36,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: the model has no such list.
     """
     config = getattr(model, "config", None)
-    text_config = config.get_text_config() if isinstance(model, PreTrainedModel) else config
+    text_config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else config
     num_layers = getattr(text_config, "num_hidden_layers", None)
     inner = _decoder(model)
     for name, module in model.named_modules():
@@ -54,7 +55,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     Linear layers inside a list of experts are left out: an expert sees its tokens in an order of its own, so it
     cannot tell prompt tokens from others.
     """
-    found = {}
+    found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
@@ -63,14 +64,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
             inside = (*inside, name + ".")
             if not hasattr(module, "base_layer"):
                 continue
-        if features_of(module) is not None and not re.search(r"(^|\.)experts\.", name):
+        if (
+            isinstance(module, nn.Module)
+            and features_of(module) is not None
+            and not re.search(r"(^|\.)experts\.", name)
+        ):
             found[name] = module
     return found
 
 
-def features_of(module: nn.Module) -> tuple[int, int] | None:
+def features_of(module: nn.Module | BaseTunerLayer) -> tuple[int, int] | None:
     """Returns (in_features, out_features) of a linear layer of any backend, None for other modules."""
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     for width_in, width_out in (

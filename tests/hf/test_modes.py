@@ -143,7 +143,7 @@ def test_beam_search(architecture, method):
 
 
 def switching(c: Case):
-    """The base model whose first forward is the adapted copy's: two phases, for decoding methods with a loop of HF's."""
+    """The base model whose first forward is the adapted copy's: two phases, under transformers' own decoding loop."""
     model, calls = copy.copy(c.base), []
     model.__dict__ = dict(c.base.__dict__)
 

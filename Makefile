@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.11 or later, pip and make; each makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format test-tgi bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo.stamp
+	$(BIN)/preft demo
+
+test: .venv/dev.stamp lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90 -q
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --level error
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test-tgi: .venv/dev.stamp
+	$(BIN)/pytest -m tgi -q
+
+bench: .venv/demo.stamp
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv build dist src/*.egg-info
+
+# torch comes first and pinned: left to a dependency, pip would take its newest build.
+.venv/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	touch $@
+
+.venv/demo.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) --editable ".[demo]"
+	touch $@
+
+.venv/dev.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) --editable ".[dev]"
+	touch $@

