@@ -66,6 +66,7 @@ def test_faults_of_targets_come_together():
         get_peft_model(make_base(), PreftConfig(target_modules=["v_porj", "o_porj"], layers_to_transform=[9]))
 
 
+@pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained:UserWarning")
 @pytest.mark.parametrize(
     "name", ["a.b", "", "preft", "preft_x", "layers", "q_proj", "weight", "keys", "-a", "mlp", "0"]
 )

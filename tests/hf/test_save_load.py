@@ -78,7 +78,9 @@ def test_every_way_to_load(saved):
     plain.load_adapter(adapter, adapter_name="second")
     plain.set_adapter("second")
     assert torch.equal(tokens_of(plain), expected)
+    plain.set_adapter("default")
     plain.delete_adapter("second")
+    assert torch.equal(tokens_of(plain), expected)
 
 
 def test_a_process_that_did_not_train_gives_the_same_tokens(saved):
