@@ -1,0 +1,166 @@
+"""`preft ...`: a thin face on the package. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C."""
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
+
+    preft demo                                    train, save, load and check an adapter on a real small model
+
+    preft train --model ID --data rows.jsonl --output my-adapter
+
+    preft generate --adapter my-adapter --prompt "Tumbes, PE, 96946"
+
+    preft inspect my-adapter
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Method(str, Enum):
+    """How the adapter changes the model."""
+
+    lora = "lora"
+    direft = "direft"
+    loreft = "loreft"
+
+
+class Precision(str, Enum):
+    """Numbers of the base model; the adapter is float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is a sentence on stderr. PREFT_DEBUG=1 shows the traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except (ValueError, TypeError, FileNotFoundError, NotImplementedError) as error:
+        _fail(str(error), 2)
+    except (RuntimeError, OSError, ImportError) as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("PREFT_DEBUG") == "1" and sys.exc_info()[0] is not None:
+        raise
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"preft: {message}", markup=False)
+    sys.exit(code)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for adapter, plot and summary.")] = Path("preft-demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 4 rows.")] = 100,
+    method: Annotated[Method, typer.Option(help="LoRA-P, DiReFT-P or LoReFT.")] = Method.lora,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of data order and adapter.")] = 0,
+) -> None:
+    """Finetune SmolLM2-135M on city cards, load the adapter in a fresh process, and look at what decoding runs.
+
+    Takes about two minutes on two CPU cores once the model is there. The first time it fetches the model (93 MB).
+    """
+    _quiet()
+    from preft_hf.demo.run import DemoPlan, run_demo
+
+    run_demo(DemoPlan(output, steps, method.value, rank, seed), Console())
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help='Base model: Hub id or folder, or "demo" for the demo\'s.')],
+    data: Annotated[Path, typer.Option(help="JSONL, rows of prompt and response, or of messages.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter and its checkpoints.")],
+    method: Annotated[Method, typer.Option(help="LoRA-P, DiReFT-P or LoReFT.")] = Method.lora,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    alpha: Annotated[
+        float | None, typer.Option(help="Scaling: alpha / rank. Default 2 * rank, for direft rank.")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW; 3e-3 suits rank 8 on small models.")] = 1e-3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; instead of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the data.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest row, tokens; longer ones are left out.")] = 1024,
+    eval_split: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of rows held out.")] = 0.1,
+    eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: at the end.")] = 0,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of split, order and adapter.")] = 0,
+    dtype: Annotated[Precision, typer.Option(help="Base model's numbers.")] = Precision.float32,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+) -> None:
+    """Finetune a prefill-only adapter.
+
+    The prompt is adapted, the response is base, and the loss is on the response. Rows of messages become one sample
+    for each assistant turn. Ctrl-C stops after the running step with a checkpoint; --resume goes on from it.
+
+        {"prompt": "Tumbes, PE, 96946\\n", "response": "TUMBES / Peru ~ 97k"}
+
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    """
+    _quiet()
+    from preft_hf.finetune import FinetuneOptions, finetune
+
+    options = FinetuneOptions(
+        model, data, output, method.value, rank, alpha, lr, steps, epochs, batch_size, max_length, eval_split,
+        eval_every, save_every, seed, dtype.value, resume,
+    )  # fmt: skip
+    if not finetune(options, Console()):
+        raise typer.Exit(130)
+
+
+@app.command()
+def generate(
+    adapter: Annotated[Path, typer.Option(help="Folder of a saved adapter.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt; without it, it is read from standard input.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if not the one in the adapter's config.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Write the prompt as a user's message.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, to compare.")] = False,
+) -> None:
+    """Answer a prompt with an adapter: the prompt is adapted, the answer is decoded by the base model."""
+    _quiet()
+    from preft_hf.finetune import stream_answer
+
+    text = sys.stdin.read() if prompt is None else prompt
+    stream_answer(adapter, text, model, chat, max_new_tokens, temperature, seed, base)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a saved adapter and say what it is: method, layers, size, norms, base model, fingerprint."""
+    from preft_hf.inspection import facts_of, show_facts
+
+    facts = facts_of(adapter)
+    if json:
+        import json as format
+
+        print(format.dumps(facts, indent=1))
+    else:
+        show_facts(facts, Console())
+
+
+def _quiet() -> None:
+    """Leaves the terminal to our own progress bars."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # peft 0.21 still calls the old name of a method of transformers
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)

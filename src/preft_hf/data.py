@@ -1,0 +1,145 @@
+"""Training rows for `preft train`: read from JSONL, checked, and turned into tokens with labels on the response."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preft_hf.training import IGNORED_LABEL, expand_turns
+
+MAX_FAULTS = 20
+
+Sample = dict[str, list[int]]
+"""input_ids and labels of one row, of the same length, -100 on the prompt."""
+
+
+class DataError(ValueError):
+    """A row of the data cannot be trained on: the message names its line."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and its response: texts, or chat messages for a prompt that the chat template writes out."""
+
+    prompt: str | list[dict[str, Any]]
+    response: str
+    line: int
+
+
+def read_turns(path: str | Path) -> list[Turn]:
+    """Returns the turns of a JSONL file, one JSON object a line.
+
+        {"prompt": "Tumbes, PE, 96946\\n", "response": "TUMBES / Peru ~ 97k"}
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+    Messages give one turn for each assistant message, everything before it being the prompt.
+
+    Raises:
+        DataError: a file that cannot be read or is empty, or lines of another form; up to 20 of them, by number.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}; give a JSONL file in UTF-8") from error
+    turns: list[Turn] = []
+    faults: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            turns += _turns_of(json.loads(line), number)
+        except ValueError as error:
+            faults.append(f"line {number}: {error}")
+    if not turns and not faults:
+        faults.append("there is no row in it")
+    _raise(f"{file}", faults)
+    return turns
+
+
+def _turns_of(row: object, line: int) -> list[Turn]:
+    if not isinstance(row, dict):
+        raise ValueError("is no JSON object")
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("'messages' is no list of objects")
+        if not all(isinstance(m.get("content"), str) for m in messages):
+            raise ValueError("a message has no text in 'content'")
+        samples = expand_turns(messages)
+        return [Turn(sample["prompt"], sample["completion"][0]["content"], line) for sample in samples]
+    missing = [name for name in ("prompt", "response") if not isinstance(row.get(name), str) or not row[name]]
+    if missing:
+        raise ValueError(f"has no text in {' and '.join(missing)}, nor 'messages'; it has {sorted(row)}")
+    return [Turn(row["prompt"], row["response"], line)]
+
+
+def encode_turns(turns: Sequence[Turn], tokenizer: Any, max_length: int) -> tuple[list[Sample], int]:
+    """Returns samples of at most max_length tokens, and how many turns were longer and so left out.
+
+    A response ends with the end-of-text token (for messages, with whatever the chat template ends a turn with).
+
+    Raises:
+        DataError: a chat template that writes another prompt before a response than without it, or no sample left.
+    """
+    samples: list[Sample] = []
+    faults: list[str] = []
+    num_long = 0
+    for turn in turns:
+        prompt, whole = _texts(turn, tokenizer)
+        prompt_ids = tokenizer(prompt, add_special_tokens=isinstance(turn.prompt, str))["input_ids"]
+        if not whole.startswith(prompt):
+            faults.append(
+                f"line {turn.line}: the chat template writes the prompt differently once an answer follows, so "
+                "training would not see what is served; use prompt and response rows"
+            )
+            continue
+        response_ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+        ids = prompt_ids + response_ids
+        if len(ids) > max_length:
+            num_long += 1
+        elif not prompt_ids or not response_ids:
+            faults.append(f"line {turn.line}: its prompt or its response has no token")
+        else:
+            samples.append({"input_ids": ids, "labels": [IGNORED_LABEL] * len(prompt_ids) + response_ids})
+    if not samples and not faults:
+        faults.append(f"all {num_long} turns have more than {max_length} tokens: raise the maximum length")
+    _raise("the data", faults)
+    return samples, num_long
+
+
+def _texts(turn: Turn, tokenizer: Any) -> tuple[str, str]:
+    if isinstance(turn.prompt, str):
+        return turn.prompt, turn.prompt + turn.response + (tokenizer.eos_token or "")
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"line {turn.line} has messages, and the model's tokenizer has no chat template: use prompt and response "
+            "rows, or a chat model"
+        )
+    answer = {"role": "assistant", "content": turn.response}
+    prompt = tokenizer.apply_chat_template(turn.prompt, tokenize=False, add_generation_prompt=True)
+    return prompt, tokenizer.apply_chat_template([*turn.prompt, answer], tokenize=False)
+
+
+def collate(samples: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, Any]:
+    """Returns a batch padded on the right: input_ids, attention_mask and labels, each int64 (batch, length)."""
+    import torch
+
+    length = max(len(sample["input_ids"]) for sample in samples)
+
+    def padded(name: str, fill: int) -> torch.Tensor:
+        return torch.tensor([list(s[name]) + [fill] * (length - len(s[name])) for s in samples])
+
+    num_tokens = torch.tensor([[len(sample["input_ids"])] for sample in samples])
+    return {
+        "input_ids": padded("input_ids", pad_token_id),
+        "attention_mask": (torch.arange(length) < num_tokens).long(),
+        "labels": padded("labels", IGNORED_LABEL),
+    }
+
+
+def _raise(subject: str, faults: list[str]) -> None:
+    if faults:
+        more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise DataError(f"{subject}: " + "; ".join(faults[:MAX_FAULTS]) + more)

@@ -1,0 +1,1 @@
+"""`preft demo`: a real small model, a real small task, and a look at what decoding runs."""

@@ -1,0 +1,46 @@
+"""What a forward runs: every operation that reaches PyTorch's dispatcher, counted."""
+
+import collections
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(model: Any, **inputs: Any) -> tuple[dict[str, int], Any]:
+    """Returns how often a forward of the model runs each operation, by name, and the forward's output."""
+    with torch.no_grad(), _Counting() as counting:
+        output = model(**inputs, use_cache=True)
+    return dict(counting.counts), output
+
+
+def compare_operations(model: Any, input_ids: torch.Tensor) -> dict[str, int | bool]:
+    """Returns the operations of a prefill and of a decode forward, adapted and base, and whether decode is the base's.
+
+    Args:
+        model: a PreFT PeftModel in eval mode, with its adapter on
+        input_ids: a prompt, int64 (1, length)
+    """
+    token = input_ids[:, -1:]
+    prefill, output = operations_of(model, input_ids=input_ids)
+    decode, _ = operations_of(model, input_ids=token, past_key_values=output.past_key_values)
+    with model.disable_adapter():
+        base_prefill, output = operations_of(model, input_ids=input_ids)
+        base_decode, _ = operations_of(model, input_ids=token, past_key_values=output.past_key_values)
+    return {
+        "prefill": sum(prefill.values()),
+        "prefill_base": sum(base_prefill.values()),
+        "decode": sum(decode.values()),
+        "decode_base": sum(base_decode.values()),
+        "decode_is_base": decode == base_decode,
+    }

@@ -1,0 +1,80 @@
+"""What the demo leaves behind: metrics.json, loss.png and summary.md."""
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from preft_hf.demo.cities import ATTRIBUTION, Row
+
+
+def write_report(
+    output: Path, metrics: dict[str, Any], rows: Sequence[Row], before: Sequence[str], after: Sequence[str]
+) -> None:
+    """Writes the three files into the output folder."""
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    _plot(output / "loss.png", metrics)
+    (output / "summary.md").write_text(_summary(metrics, rows, before, after))
+
+
+def _plot(file: Path, metrics: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, losses = zip(*metrics["losses"], strict=True)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, color="tab:blue", linewidth=1, label="training loss, one batch of 4")
+    axes.axhline(metrics["eval_loss"]["base"], color="tab:gray", linestyle="--", label="held-out loss, base model")
+    axes.axhline(metrics["eval_loss"]["preft"], color="tab:green", linestyle="--", label="held-out loss, adapter")
+    axes.set(xlabel="step", ylabel="loss, nats per response token", ylim=(0, None))
+    axes.set_title(f"{metrics['method']}, rank {metrics['rank']}, prefill only")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _summary(metrics: dict[str, Any], rows: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> str:
+    loss, accuracy, ops = metrics["eval_loss"], metrics["field_accuracy"], metrics["operations"]
+    examples = "\n".join(
+        f"| {row.prompt.strip()} | {_line(one)} | {_line(other)} | {row.response} |"
+        for row, one, other in list(zip(rows, before, after, strict=True))[:12]
+    )
+    return f"""# A prefill-only adapter on SmolLM2-135M-Instruct
+
+Method {metrics["method"]}, rank {metrics["rank"]}, {metrics["num_steps"]} steps of 4 rows, seed {metrics["seed"]},
+float32, {metrics["seconds"]:.0f} s in all on {platform.machine()} ({platform.system()}).
+
+| {metrics["num_eval_rows"]} held-out rows | base model | with the adapter |
+|---|---|---|
+| loss, nats per response token | {loss["base"]:.3f} | {loss["preft"]:.3f} |
+| fields right (name, country, population) | {accuracy["base"]:.1%} | {accuracy["preft"]:.1%} |
+| operations of a prefill forward | {ops["prefill_base"]} | {ops["prefill"]} |
+| operations of a decode forward | {ops["decode_base"]} | {ops["decode"]} |
+
+The adapter was saved, loaded in a fresh process, and answered there. A decode forward ran
+{"the same operations as the base model: none of the adapter's" if ops["decode_is_base"] else "OTHER operations"}.
+
+| prompt | base model | with the adapter | expected |
+|---|---|---|---|
+{examples}
+
+![training loss](loss.png)
+
+Use it:
+
+```python
+import preft_hf
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("adapter")
+```
+
+Model: SmolLM2-135M-Instruct, Apache-2.0. {ATTRIBUTION}
+"""
+
+
+def _line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0][:60].replace("|", "\\|")

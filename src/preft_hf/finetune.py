@@ -1,0 +1,206 @@
+"""What `preft train` and `preft generate` do: load the base model, the data and the adapter, and report."""
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from preft_hf.config import PreftConfig
+from preft_hf.data import DataError, Sample, encode_turns, read_turns
+from preft_hf.sft import CHECKPOINTS, TrainingPlan, evaluate, train
+
+DEMO_MODEL = "demo"
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """The options of `preft train`, in its order."""
+
+    model: str
+    data: Path
+    output: Path
+    method: str
+    rank: int
+    alpha: float | None
+    learning_rate: float
+    steps: int | None
+    epochs: float
+    batch_size: int
+    max_length: int
+    eval_split: float
+    eval_every: int
+    save_every: int
+    seed: int
+    dtype: str
+    resume: bool
+
+
+def finetune(options: FinetuneOptions, console: Console) -> bool:
+    """Trains an adapter and saves it; returns False if Ctrl-C stopped it after a checkpoint.
+
+    Raises:
+        ValueError: options, data or base model that do not work, or an output that holds another run.
+    """
+    import torch
+    from peft import get_peft_model
+
+    _check_output(options)
+    turns = read_turns(options.data)
+    base, tokenizer = load_base(options.model, options.dtype)
+    samples, num_long = encode_turns(turns, tokenizer, options.max_length)
+    if num_long:
+        console.print(f"[yellow]{num_long} rows have more than {options.max_length} tokens and are left out[/]")
+    train_samples, eval_samples = _split(samples, options)
+    torch.manual_seed(options.seed)
+    config = PreftConfig(
+        method=options.method,  # type: ignore[arg-type]
+        r=options.rank,
+        lora_alpha=options.alpha,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    plan = _plan(options, len(train_samples))
+    trained, total = model.get_nb_trainable_parameters()
+    console.print(
+        f"{options.method} of rank {options.rank}: {trained:,} of {total:,} parameters; {len(train_samples)} rows, "
+        f"{len(eval_samples)} held out, {plan.num_steps} steps of {options.batch_size}"
+    )
+    pad = tokenizer.pad_token_id
+    before = None if options.resume or not eval_samples else evaluate(model, eval_samples, pad)
+    options.output.mkdir(parents=True, exist_ok=True)
+    result = train(model, train_samples, eval_samples, plan, pad, console, options.resume)
+    if result.interrupted:
+        console.print(
+            f"Stopped at step {result.num_steps} of {plan.num_steps}. To go on: the same command and --resume"
+        )
+        return False
+    after = evaluate(model, eval_samples, pad) if eval_samples else None
+    model.save_pretrained(str(options.output))
+    tokenizer.save_pretrained(str(options.output))
+    metrics = {
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()},
+        "num_train_rows": len(train_samples),
+        "num_eval_rows": len(eval_samples),
+        "num_rows_too_long": num_long,
+        "num_steps": result.num_steps,
+        "eval_loss": {"before": before, "after": after},
+    }
+    (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    if after is not None:
+        start = f"{before:.3f} to " if before is not None else ""
+        console.print(f"Held-out loss: {start}{after:.3f} nats a response token")
+    console.print(f"The adapter is in [bold]{options.output}[/]")
+    return True
+
+
+def load_base(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """Returns the base model in eval mode and its tokenizer, with a pad token.
+
+    Raises:
+        ValueError: no model of that name.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if name == DEMO_MODEL:
+        from preft_hf.demo.model import demo_model_directory
+
+        name = str(demo_model_directory())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the base model {name} cannot be loaded: {first} Give a Hub id, a folder, or demo"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {name} has neither a pad nor an end-of-text token: give it one and save it"
+        )
+    return model.eval(), tokenizer
+
+
+def stream_answer(
+    adapter: Path,
+    prompt: str,
+    model_name: str | None,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    without_adapter: bool,
+) -> None:
+    """Prints the answer to a prompt as it is generated.
+
+    Raises:
+        ValueError: the adapter or the base model cannot be loaded, or an empty prompt.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import TextStreamer
+
+    from preft_core.adapter import read_config
+
+    config = read_config(adapter)
+    name = model_name or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{adapter} does not say which base model it is for: give it with --model")
+    base, tokenizer = load_base(name)
+    model = base if without_adapter else PeftModel.from_pretrained(base, str(adapter)).eval()
+    if chat:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty: give one with --prompt or on standard input")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+def _check_output(options: FinetuneOptions) -> None:
+    if options.output.is_file():
+        raise ValueError(f"--output {options.output} is a file: give a folder")
+    if not options.resume and (options.output / CHECKPOINTS).exists():
+        raise ValueError(
+            f"--output {options.output} holds the checkpoints of another run: go on with it by --resume, or give "
+            "another folder"
+        )
+
+
+def _split(samples: list[Sample], options: FinetuneOptions) -> tuple[list[Sample], list[Sample]]:
+    order = list(range(len(samples)))
+    random.Random(options.seed).shuffle(order)
+    num_eval = math.ceil(options.eval_split * len(samples)) if options.eval_split > 0 else 0
+    if num_eval >= len(samples):
+        raise DataError(
+            f"{options.data} has {len(samples)} usable rows and --eval-split {options.eval_split} holds out "
+            f"{num_eval}: none is left to train on; give more rows, or --eval-split 0"
+        )
+    return [samples[i] for i in order[num_eval:]], [samples[i] for i in order[:num_eval]]
+
+
+def _plan(options: FinetuneOptions, num_rows: int) -> TrainingPlan:
+    steps = options.steps or max(1, round(options.epochs * num_rows / options.batch_size))
+    return TrainingPlan(
+        output=options.output,
+        num_steps=steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        seed=options.seed,
+    )

@@ -1,0 +1,70 @@
+"""What `preft inspect` says of a saved adapter, read and checked by preft_core alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from preft_core.adapter import Adapter, load_adapter
+from preft_core.ops import orthonormal_rows
+
+NUM_SHOWN = 12
+
+
+def facts_of(directory: str | Path) -> dict[str, Any]:
+    """Returns the facts of a saved adapter, as JSON can hold them.
+
+    `norms` has the Frobenius norm of each module's update matrix: s B A for lora and direft, Q^T (A - Q) for loreft.
+
+    Raises:
+        AdapterError: the adapter is not what the format allows.
+    """
+    adapter = load_adapter(directory)
+    config = adapter.config
+    return {
+        "method": config.method,
+        "rank": config.r,
+        "scaling": config.scaling,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "num_modules": len(adapter.modules()),
+        "num_parameters": adapter.num_parameters,
+        "num_bytes": adapter.num_bytes,
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors.values()}),
+        "target_modules": config.target_modules,
+        "layers_to_transform": config.layers_to_transform,
+        "base_model": config.base_model_name_or_path,
+        "base_model_revision": config.revision,
+        "format_version": config.format_version,
+        "fingerprint": adapter.fingerprint,
+        "norms": {path: _norm(adapter, leaves) for path, leaves in sorted(adapter.modules().items())},
+    }
+
+
+def show_facts(facts: dict[str, Any], console: Console) -> None:
+    """Prints the facts as tables: the adapter, then its modules with the largest updates."""
+    table = Table(show_header=False, title="Prefill-only adapter")
+    for name, value in facts.items():
+        if name != "norms" and value is not None:
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            table.add_row(name.replace("_", " "), f"{shown:,}" if isinstance(shown, int) else str(shown))
+    console.print(table)
+    norms = sorted(facts["norms"].items(), key=lambda item: -item[1])
+    modules = Table(
+        "module", "norm of the update", title=f"Largest updates, {min(NUM_SHOWN, len(norms))} of {len(norms)}"
+    )
+    for path, norm in norms[:NUM_SHOWN]:
+        modules.add_row(path, f"{norm:.4g}")
+    console.print(modules)
+
+
+def _norm(adapter: Adapter, leaves: dict[str, Tensor]) -> float:
+    a = leaves["preft_A"].double()
+    if adapter.config.method == "loreft":
+        return float((a - orthonormal_rows(leaves["preft_R"].double())).norm())
+    b = leaves["preft_B"].double()
+    # |B A| without the product: trace(A A^T B^T B)
+    return adapter.config.scaling * float(torch.sqrt(((a @ a.T) * (b.T @ b)).sum().clamp(min=0)))

@@ -1,0 +1,205 @@
+"""The training run behind `preft train`: transformers' Trainer with a progress bar that can be stopped and resumed."""
+
+import functools
+import json
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from preft_hf.data import Sample, collate
+
+CHECKPOINTS = "checkpoints"
+HISTORY = "history.json"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how fast to train.
+
+    Attributes:
+        num_steps: optimizer steps
+        batch_size: rows a step
+        learning_rate: of AdamW; rises over a tenth of the steps, at most 20, then falls linearly to 0
+        eval_every, save_every: steps; 0 means at the end only
+    """
+
+    output: Path
+    num_steps: int
+    batch_size: int = 4
+    learning_rate: float = 3e-3
+    eval_every: int = 0
+    save_every: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A run's end. interrupted: Ctrl-C stopped it, with a checkpoint. losses: (step, nats a response token)."""
+
+    interrupted: bool
+    num_steps: int
+    losses: list[tuple[int, float]]
+    eval_losses: list[tuple[int, float]]
+
+
+def train(
+    model: Any,
+    train_samples: Sequence[Sample],
+    eval_samples: Sequence[Sample],
+    plan: TrainingPlan,
+    pad_token_id: int,
+    console: Console,
+    resume: bool = False,
+) -> TrainingResult:
+    """Trains the model's adapter in place; Ctrl-C stops after the step that is running, with a checkpoint.
+
+    Args:
+        model: a PeftModel with a trainable adapter
+        eval_samples: may be empty
+        resume: continue from the last checkpoint under the plan's output, with its optimizer, order and random state
+    Raises:
+        ValueError: resume without a checkpoint.
+    """
+    folder = plan.output / CHECKPOINTS
+    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
+    if resume and checkpoint is None:
+        raise ValueError(f"{folder} holds no checkpoint to resume from: start without --resume")
+    bar = ProgressBar(console, plan, _num_tokens_a_row(train_samples))
+    trainer = Trainer(
+        model=model,
+        args=_arguments(plan, folder, has_eval=len(eval_samples) > 0),
+        train_dataset=list(train_samples),  # type: ignore[arg-type]
+        eval_dataset=list(eval_samples) or None,  # type: ignore[arg-type]
+        data_collator=functools.partial(collate, pad_token_id=pad_token_id),
+        callbacks=[bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with bar:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    result = TrainingResult(
+        interrupted=bar.interrupted and trainer.state.global_step < plan.num_steps,
+        num_steps=trainer.state.global_step,
+        losses=_series(history, "loss"),
+        eval_losses=_series(history, "eval_loss"),
+    )
+    (plan.output / HISTORY).write_text(
+        json.dumps({"losses": result.losses, "eval_losses": result.eval_losses}, indent=1) + "\n"
+    )
+    return result
+
+
+def evaluate(model: Any, samples: Sequence[Sample], pad_token_id: int, batch_size: int = 8) -> float:
+    """Returns the mean loss over the response tokens of all samples, in nats a token."""
+    total, num_tokens = 0.0, 0
+    model.eval()
+    for i in range(0, len(samples), batch_size):
+        batch = {k: v.to(model.device) for k, v in collate(samples[i : i + batch_size], pad_token_id).items()}
+        with torch.no_grad():
+            loss = model(**batch).loss
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total += float(loss) * count
+        num_tokens += count
+    return total / num_tokens
+
+
+def _series(history: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), float(entry[name])) for entry in history if name in entry]
+
+
+def _arguments(plan: TrainingPlan, folder: Path, has_eval: bool) -> TrainingArguments:
+    eval_every = plan.eval_every or plan.num_steps
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=plan.num_steps,
+        per_device_train_batch_size=plan.batch_size,
+        per_device_eval_batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(20, plan.num_steps // 10),
+        weight_decay=0.0,
+        logging_strategy="steps",
+        logging_steps=1,
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=eval_every,
+        save_strategy="steps",
+        save_steps=plan.save_every or plan.num_steps,
+        save_total_limit=2,
+        seed=plan.seed,
+        report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def _num_tokens_a_row(samples: Sequence[Sample]) -> float:
+    return sum(len(sample["input_ids"]) for sample in samples) / max(len(samples), 1)
+
+
+class ProgressBar(TrainerCallback):
+    """Shows loss, tokens a second and the time left, and turns the first Ctrl-C into a checkpoint and a stop."""
+
+    def __init__(self, console: Console, plan: TrainingPlan, num_tokens_a_row: float):
+        self.interrupted = False
+        self._plan = plan
+        self._num_tokens_a_step = num_tokens_a_row * plan.batch_size
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  eval {task.fields[eval_loss]}  {task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=plan.num_steps, loss="-", eval_loss="-", rate="-")
+        self._before: Any = None
+        self._started: tuple[float, int] | None = None
+
+    def __enter__(self) -> "ProgressBar":
+        try:
+            self._before = signal.signal(signal.SIGINT, self._stop)
+        except ValueError:
+            # not in the main thread, where nobody can press Ctrl-C
+            self._before = None
+        self._progress.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._progress.stop()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self._progress.console.print("Stopping after this step, with a checkpoint. Ctrl-C again to stop at once.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = (now, state.global_step)
+        elapsed, steps = now - self._started[0], state.global_step - self._started[1]
+        rate = f"{steps * self._num_tokens_a_step / elapsed:.0f}" if steps else "-"
+        self._progress.update(self._task, completed=state.global_step, rate=rate)
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        for name in ("loss", "eval_loss"):
+            if logs and name in logs:
+                shown: dict[str, Any] = {name: f"{float(logs[name]):.3f}"}
+                self._progress.update(self._task, **shown)
