@@ -139,7 +139,7 @@ def _convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
     # What is saved is no longer quantised, and transformers refuses to save a model that says it is.
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
     model.__dict__.pop("hf_quantizer", None)
     model.config.name_or_path = MODEL_NAME
     model.save_pretrained(target)

@@ -11,12 +11,10 @@ from rich.console import Console
 
 HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
 
-    preft demo                                    train, save, load and check an adapter on a real small model
-
+\b
+    preft demo          train, save, load and check an adapter on a real small model
     preft train --model ID --data rows.jsonl --output my-adapter
-
     preft generate --adapter my-adapter --prompt "Tumbes, PE, 96946"
-
     preft inspect my-adapter
 """
 
@@ -103,9 +101,10 @@ def train(
     The prompt is adapted, the response is base, and the loss is on the response. Rows of messages become one sample
     for each assistant turn. Ctrl-C stops after the running step with a checkpoint; --resume goes on from it.
 
-        {"prompt": "Tumbes, PE, 96946\\n", "response": "TUMBES / Peru ~ 97k"}
-
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    \b
+        {"prompt": "Tumbes, PE, 96946", "response": "TUMBES / Peru ~ 97k"}
+        {"messages": [{"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": "Hello"}]}
     """
     _quiet()
     from preft_hf.finetune import FinetuneOptions, finetune
@@ -143,7 +142,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a saved adapter and say what it is: method, layers, size, norms, base model, fingerprint."""
-    from preft_hf.inspection import facts_of, show_facts
+    from preft_cli.inspection import facts_of, show_facts
 
     facts = facts_of(adapter)
     if json:

@@ -50,7 +50,7 @@ def show_facts(facts: dict[str, Any], console: Console) -> None:
     for name, value in facts.items():
         if name != "norms" and value is not None:
             shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            table.add_row(name.replace("_", " "), f"{shown:,}" if isinstance(shown, int) else str(shown))
+            table.add_row(name.replace("_", " "), f"{shown:,}" if type(shown) is int else str(shown))
     console.print(table)
     norms = sorted(facts["norms"].items(), key=lambda item: -item[1])
     modules = Table(
