@@ -17,15 +17,12 @@ FORBIDDEN = {
     "preft_core": {"transformers", "peft", "preft_hf", "tgi_patch", "trl", "accelerate"},
     "preft_core/ops": {"transformers", "peft", "preft_hf", "tgi_patch", "safetensors", "huggingface_hub"},
     "tgi_patch": {"transformers", "peft", "preft_hf", "trl"},
-    "preft_hf": {"tgi_patch"},
+    "preft_hf": {"tgi_patch", "preft_cli"},
     "preft_hf/phase.py": {"preft_hf"},
-    "preft_hf/layer.py": {
-        f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "cli", "sft", "demo")
-    },
-    "preft_hf/model.py": {f"preft_hf.{name}" for name in ("register", "hub", "cli", "sft", "demo")},
-    "preft_hf/register.py": {f"preft_hf.{name}" for name in ("hub", "cli", "sft", "demo")},
-    "preft_hf/sft.py": {"preft_hf.cli"},
-    "preft_hf/demo": {"preft_hf.cli"},
+    "preft_hf/layer.py": {f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "sft", "demo")},
+    "preft_hf/model.py": {f"preft_hf.{name}" for name in ("register", "hub", "sft", "demo")},
+    "preft_hf/register.py": {f"preft_hf.{name}" for name in ("hub", "sft", "demo")},
+    "preft_cli/inspection.py": {"preft_hf", "transformers", "peft"},
 }
 
 
@@ -107,3 +104,7 @@ def test_nothing_names_a_machine():
         if file.suffix in {".py", ".md", ".toml", ".txt", ".json", ".yaml", ""} and file.is_file():
             text = file.read_text(errors="replace")
             assert not [needle for needle in needles if needle in text], name
+
+
+def test_help_does_not_wait_for_the_libraries():
+    assert run("import sys, preft_cli.app; print([n for n in ('torch', 'transformers') if n in sys.modules])") == "[]"

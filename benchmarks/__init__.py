@@ -1,0 +1,1 @@
+"""What PreFT costs, measured: `python -m benchmarks.run`."""
