@@ -161,7 +161,7 @@ def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> Phase
             raise ValueError(
                 "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
             )
-        check_prompts(mask, labels, values.get("position_ids"))
+        check_prompts(mask, labels, values.get("attention_mask"), values.get("position_ids"))
     return phase_of_mask(mask)
 
 

@@ -120,15 +120,14 @@ class PreftLinear(nn.Module, PreftLayer):
             return output + lora_update(_cast(dropout(x), a), a, b, scaling).to(output.dtype)
         if phase is False:
             return output
-        rows, width = _rows_of(x, phase), output.shape[-1]
-        if phase.index is None:
-            update = lora_update(_cast(dropout(x), a), a, b, scaling)
-            return output + (update * phase.mask.reshape(*x.shape[:-1], 1)).to(output.dtype)
+        rows, index = _rows_of(x, phase), phase.index
         update = lora_update(_cast(dropout(rows), a), a, b, scaling).to(output.dtype)
+        if index is None:
+            return output + _masked(update, phase, output.shape)
         if self._output_is_ours:
-            output.view(-1, width).index_add_(0, phase.index, update)
+            output.view(-1, output.shape[-1]).index_add_(0, index.to(x.device), update)
             return output
-        return output.reshape(-1, width).index_add(0, phase.index, update).view(output.shape)
+        return output.flatten(0, -2).index_add(0, index.to(x.device), update).view(output.shape)
 
     def __repr__(self) -> str:
         return "preft." + super().__repr__()
@@ -199,10 +198,10 @@ class PreftBlock(nn.Module, PreftLayer):
             return hidden + self._updates(hidden, names)
         if phase is False:
             return hidden
-        rows = _rows_of(hidden, phase)
-        if phase.index is None:
-            return hidden + self._updates(hidden, names) * phase.mask.reshape(*hidden.shape[:-1], 1)
-        return hidden.flatten(0, -2).index_add(0, phase.index, self._updates(rows, names)).view(hidden.shape)
+        update, index = self._updates(_rows_of(hidden, phase), names), phase.index
+        if index is None:
+            return hidden + _masked(update, phase, hidden.shape)
+        return hidden.flatten(0, -2).index_add(0, index.to(hidden.device), update).view(hidden.shape)
 
     def _updates(self, hidden: Tensor, names: list[str]) -> Tensor:
         total = self._update(hidden, names[0])
@@ -221,7 +220,7 @@ class PreftBlock(nn.Module, PreftLayer):
 
 
 def _rows_of(x: Tensor, phase: PrefillRows) -> Tensor:
-    """Returns the prefill rows of x (batch, length, width) or (batch * length, width) as (rows, width)."""
+    """Returns the prefill rows of x, (batch, length, width) or flattened, as (rows, width); all rows under compile."""
     batch, length = phase.mask.shape
     if x.shape[:-1] not in ((batch, length), (batch * length,)):
         raise RuntimeError(
@@ -231,6 +230,11 @@ def _rows_of(x: Tensor, phase: PrefillRows) -> Tensor:
         )
     flat = x.reshape(-1, x.shape[-1])
     return flat if phase.index is None else flat.index_select(0, phase.index.to(x.device))
+
+
+def _masked(update: Tensor, phase: PrefillRows, shape: torch.Size) -> Tensor:
+    """Returns the update of all rows (rows, width) in the shape given, zero on decode rows."""
+    return (update * phase.mask.to(update.device).reshape(-1, 1)).view(shape)
 
 
 def _cast(x: Tensor, parameter: Tensor) -> Tensor:

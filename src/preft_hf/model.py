@@ -62,6 +62,9 @@ class PreftModel(BaseTuner):
                 "state_dict is not supported for PreFT adapters: pass the config alone, then load weights"
             )
         chosen = resolve(config, model)
+        if config.revision is None and not config.from_file:
+            # the commit of a base model that came from the Hub, so that the adapter finds the same weights again
+            config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         self._chosen = set(chosen)
         saved = config.exclude_modules
         targets = endings(chosen, model) if config.target_modules == "all-linear" else config.target_modules

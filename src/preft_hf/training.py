@@ -26,17 +26,17 @@ def mask_from_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask
 
 
-def check_prompts(mask: Tensor, labels: Tensor, position_ids: Tensor | None) -> None:
+def check_prompts(mask: Tensor, labels: Tensor, attention_mask: Any, position_ids: Any) -> None:
     """Raises if a row has response tokens and no prompt token: its adapter could never learn.
 
-    In padding-free rows the first token of each sequence carries no label by construction, so a row whose only
-    prompt tokens stand at position 0 counts as one without a prompt.
+    Padding-free rows have position ids instead of an attention mask, and trainers take the label off the first token
+    of each sequence in them, so there a row whose only prompt tokens stand at position 0 is one without a prompt.
 
     Raises:
         ValueError: naming the rows.
     """
     prompts = mask
-    if position_ids is not None and position_ids.shape == mask.shape:
+    if attention_mask is None and isinstance(position_ids, Tensor) and position_ids.shape == mask.shape:
         prompts = mask & (position_ids != 0)
     without = ((labels != IGNORED_LABEL).any(-1) & ~prompts.any(-1)).nonzero().flatten().tolist()
     if without:
@@ -73,7 +73,7 @@ class PrefillMaskCollator:
                 "DataCollatorForSeq2Seq"
             )
         batch["prefill_mask"] = mask_from_labels(labels, batch.get("attention_mask"))
-        check_prompts(batch["prefill_mask"], labels, batch.get("position_ids"))
+        check_prompts(batch["prefill_mask"], labels, batch.get("attention_mask"), batch.get("position_ids"))
         return batch
 
 

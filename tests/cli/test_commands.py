@@ -1,0 +1,129 @@
+"""The command line as a user runs it, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ..hf.test_trainers import tokenizer
+from ..hf.zoo import make_base, make_preft
+
+MAIN = [sys.executable, "-W", "ignore", "-c", "from preft_cli.app import main; main()"]
+
+
+def preft(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny base model and data for it."""
+    path = tmp_path_factory.mktemp("cli")
+    make_base().save_pretrained(path / "base")
+    tokenizer().save_pretrained(path / "base")
+    rows = [{"prompt": f"w{i:02} w{i + 1:02} ", "response": f"w{i:02}"} for i in range(5, 45)]
+    (path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def train(place, output: str, *others: object) -> list[object]:
+    return [
+        "train", "--model", place / "base", "--data", place / "rows.jsonl", "--output", place / output, "--lr", 0.01,
+        "--rank", 4, *others,
+    ]  # fmt: skip
+
+
+def test_train_then_inspect_then_generate(place):
+    done = preft(*train(place, "a", "--steps", 30, "--method", "direft", "--eval-every", 10))
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((place / "a" / "metrics.json").read_text())
+    assert metrics["eval_loss"]["after"] < metrics["eval_loss"]["before"]
+    assert (metrics["num_train_rows"], metrics["num_eval_rows"]) == (36, 4)
+    history = json.loads((place / "a" / "history.json").read_text())
+    assert [step for step, _ in history["eval_losses"]] == [10, 20, 30]
+
+    facts = json.loads(preft("inspect", place / "a", "--json").stdout)
+    assert (facts["method"], facts["rank"], facts["scaling"]) == ("direft", 4, 1.0)
+    assert facts["base_model"] == str(place / "base")
+    assert facts["num_parameters"] == 2 * (2 * 4 * 32 + 4)
+    assert all(norm > 0 for norm in facts["norms"].values())
+    assert "Largest updates" in preft("inspect", place / "a").stdout
+
+    ask = ["generate", "--adapter", place / "a", "--prompt", "w10 w11 ", "--max-new-tokens", 4]
+    adapted, base = preft(*ask), preft(*ask, "--base")
+    assert adapted.returncode == 0, adapted.stderr
+    assert adapted.stdout != base.stdout
+    assert preft(*ask[:3], "--max-new-tokens", 4, input="w10 w11 ").stdout == adapted.stdout
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_losses(place):
+    options = ("--steps", 800, "--save-every", 40)
+    command = [*MAIN, *map(str, train(place, "cut", *options))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    while not list(place.glob("cut/checkpoints/checkpoint-*")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "--resume" in output
+    last = max(int(name.removeprefix("checkpoint-")) for name in os.listdir(place / "cut" / "checkpoints"))
+    assert 0 < last < 800
+
+    again = preft(*train(place, "cut", *options))
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    assert preft(*train(place, "cut", *options, "--resume")).returncode == 0
+    assert preft(*train(place, "whole", *options)).returncode == 0
+    losses = [json.loads((place / name / "history.json").read_text())["losses"] for name in ("cut", "whole")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "nowhere"], 2, "nowhere cannot be read"),
+        (["generate", "--adapter", "nowhere", "--prompt", "x"], 2, "nowhere cannot be read"),
+        (["train", "--model", "x", "--data", "nowhere", "--output", "y"], 2, "nowhere cannot be read"),
+        (["train", "--model", "x", "--data", "x", "--output", "y", "--method", "dora"], 2, "dora"),
+        (["train", "--model", "x"], 2, "--data"),
+        (["fly"], 2, "fly"),
+    ],
+)
+def test_mistakes_are_sentences(tmp_path, arguments, code, message):
+    done = preft(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_mistakes_with_a_base_model_at_hand(place):
+    missing = preft(*train(place, "b", "--resume"))
+    assert missing.returncode == 2
+    assert "no checkpoint to resume from" in missing.stderr
+    unknown = preft("train", "--model", place / "none", "--data", place / "rows.jsonl", "--output", place / "c")
+    assert unknown.returncode == 2
+    assert "cannot be loaded" in unknown.stderr
+    split = preft(*train(place, "d", "--eval-split", 0.9, "--max-length", 2))
+    assert split.returncode == 2
+    assert "more than 2 tokens" in split.stderr
+    adapter = place / "tampered"
+    make_preft(make_base()).save_pretrained(adapter)
+    data = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (adapter / "adapter_model.safetensors").write_bytes(data)
+    tampered = preft("inspect", adapter)
+    assert tampered.returncode == 2
+    assert "fingerprint" in tampered.stderr
+
+
+def test_debug_shows_the_traceback():
+    done = preft("inspect", "nowhere", env=os.environ | {"PREFT_DEBUG": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
