@@ -42,8 +42,8 @@ class PreftLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def _active_here(self) -> list[str]:
-        """Returns the adapters that act in this forward; none of them in a decode forward, at the cost of a look."""
-        if self._disable_adapters or self.phase.snapshot() is False:
+        """Returns the names of the adapters that act on this layer's prefill tokens."""
+        if self._disable_adapters:
             return []
         if self.phase.reached is not None:
             self.phase.reached.add(id(self))
@@ -100,7 +100,10 @@ class PreftLinear(nn.Module, PreftLayer):
         self.scaling[adapter_name] = config.scaling
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.base_layer(x, *args, **kwargs)
+        # The short way of decode forwards. _modules spares nn.Module's attribute search, a third of our cost here.
+        output = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        if self.phase.snapshot() is False:
+            return output
         names = self._active_here()
         if not names:
             return output
@@ -185,6 +188,8 @@ class PreftBlock(nn.Module, PreftLayer):
 
     def edit_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the decoder layer, whose output is (batch, length, hidden) or a tuple that starts so."""
+        if self.phase.snapshot() is False:
+            return None
         names = self._active_here()
         if not names:
             return None

@@ -7,8 +7,8 @@ from contextvars import ContextVar
 from enum import Enum
 from typing import Literal
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 _DECLARED_PHASE: ContextVar[str | None] = ContextVar("preft_phase", default=None)
 
@@ -42,7 +42,7 @@ Phase = bool | PrefillRows
 
 def phase_of_mask(mask: Tensor) -> Phase:
     """Returns the phase for a bool mask (batch, length). Waits for the mask's device, except under torch.compile."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return PrefillRows(mask, None)
     index = mask.flatten().nonzero().squeeze(1)
     if index.numel() == 0:
@@ -80,7 +80,7 @@ class ForwardPhase:
 
     def begin(self, phase: Phase) -> None:
         """Sets the phase of the forward that starts now in this thread."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._traced = phase
             return
         self._thread.phase = phase
@@ -90,7 +90,7 @@ class ForwardPhase:
 
     def end(self) -> None:
         """Forgets the phase: until the next `begin`, adapter layers refuse to run in this thread."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._traced = Undecided.UNSET
             return
         self._thread.phase = Undecided.UNSET
@@ -105,7 +105,7 @@ class ForwardPhase:
             RuntimeError: no forward of the model is running and nothing was declared, or compiled code runs in
                 several threads at once.
         """
-        phase = self._traced if torch.compiler.is_compiling() else self._thread.phase
+        phase = self._traced if is_compiling() else self._thread.phase
         if not isinstance(phase, Undecided):
             return phase
         if phase is Undecided.SHARED:
@@ -124,7 +124,7 @@ class ForwardPhase:
 
     def snapshot(self) -> Phase | Undecided:
         """Returns this thread's state, for `replay`."""
-        return self._traced if torch.compiler.is_compiling() else self._thread.phase
+        return self._traced if is_compiling() else self._thread.phase
 
     @contextmanager
     def replay(self, phase: Phase | Undecided) -> Iterator[None]:
