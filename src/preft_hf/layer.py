@@ -114,17 +114,17 @@ class PreftLinear(nn.Module, PreftLayer):
 
     def _add_update(self, output: Tensor, x: Tensor, phase: Phase, name: str) -> Tensor:
         a, b, scaling = self.preft_A[name], self.preft_B[name], self.scaling[name]
-        dropout = self.preft_dropout[name]
+        x = self.preft_dropout[name](x)
         if phase is True:
             if self._output_is_ours and a.dtype == x.dtype == output.dtype and not torch.is_grad_enabled():
                 low = linear(x, a).flatten(0, -2)
                 output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=scaling)
                 return output
-            return output + lora_update(_cast(dropout(x), a), a, b, scaling).to(output.dtype)
+            return output + lora_update(_cast(x, a), a, b, scaling).to(output.dtype)
         if phase is False:
             return output
         rows, index = _rows_of(x, phase), phase.index
-        update = lora_update(_cast(dropout(rows), a), a, b, scaling).to(output.dtype)
+        update = lora_update(_cast(rows, a), a, b, scaling).to(output.dtype)
         if index is None:
             return output + _masked(update, phase, output.shape)
         if self._output_is_ours:

@@ -10,7 +10,7 @@ from preft_hf import preft_phase
 
 from .cases import GREEDY, NEW_TOKENS, Case, case, prompt
 from .oracle import two_phase_greedy
-from .zoo import ARCHITECTURES, HYBRID, METHODS, make_base
+from .zoo import ARCHITECTURES, HYBRID, METHODS, STATE_SPACE, make_base
 
 TOLERANCE = 1e-4
 everywhere = pytest.mark.parametrize(
@@ -308,6 +308,20 @@ def test_compiled_decode_is_one_graph_without_breaks(method):
     ]
     assert any("preft" in name for name in names[0])
     assert not any("preft" in name for name in names[1])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("architecture", "method"), [(a, m) for a in STATE_SPACE for m in ("lora", "direft")])
+def test_state_space_models(architecture, method, use_cache):
+    c, ids, tokens, logits = case(architecture, method), prompt(), [], []
+    with torch.no_grad():
+        output = c.adapted(input_ids=ids, use_cache=True)
+        for _ in range(NEW_TOKENS):
+            logits.append(output.logits[:, -1])
+            tokens.append(logits[-1].argmax(-1, keepdim=True))
+            output = c.base(input_ids=tokens[-1], cache_params=output.cache_params, use_cache=True)
+    found = c.model.generate(input_ids=ids, use_cache=use_cache, **GREEDY)
+    check(found, torch.cat(tokens, 1), torch.stack(logits, 1), ids.shape[1])
 
 
 def test_a_second_model_as_assistant_keeps_its_own_phase():

@@ -158,6 +158,22 @@ def test_sixteen_bit_base_with_float32_adapter_or_not(method):
     assert close < 0.1 * model(input_ids=prompt()).logits.abs().mean()
 
 
+@pytest.mark.parametrize("route", ["peft", "peft, little memory", "transformers"])
+def test_loading_into_a_sixteen_bit_base_keeps_the_adapters_bits(tmp_path, route):
+    saved = make_preft(make_base())
+    saved.save_pretrained(tmp_path)
+    base = make_base().to(torch.bfloat16)
+    if route == "transformers":
+        base.load_adapter(str(tmp_path))
+    else:
+        PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage="memory" in route)
+    found = {name: p for name, p in base.named_parameters() if "preft_" in name}
+    for name, parameter in saved.get_base_model().named_parameters():
+        if "preft_" in name:
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name], parameter)
+
+
 class Quantised(nn.Module):
     """A linear layer of an unknown backend: int8 weights, widths under GPTQ's names, no nn.Linear."""
 

@@ -61,6 +61,12 @@ SPECIFIC: dict[str, dict[str, object]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48, "block_multiple_of": 8},
 }
 ARCHITECTURES = list(SPECIFIC)
+# no attention at all: their caches have no length
+STATE_SPACE: dict[str, dict[str, object]] = {
+    "mamba": {"state_size": 4},
+    "falcon_mamba": {"state_size": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 4, "expand": 2},
+}
 # attention beside layers that keep a state instead of keys and values
 HYBRID = {"falcon_h1", "lfm2"}
 METHODS = ["lora", "direft", "loreft"]
@@ -69,7 +75,7 @@ METHODS = ["lora", "direft", "loreft"]
 def make_base(architecture: str = "llama", **overrides: object) -> PreTrainedModel:
     """Returns a random float32 model in eval mode, the same for the same arguments."""
     common = GPT2 if architecture == "gpt2" else COMMON
-    config = AutoConfig.for_model(architecture, **(common | SPECIFIC[architecture] | overrides))
+    config = AutoConfig.for_model(architecture, **(common | (SPECIFIC | STATE_SPACE)[architecture] | overrides))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     # Larger weights than the initialisation's, so that logits are far apart and greedy choices are not ties.

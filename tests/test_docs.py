@@ -1,0 +1,67 @@
+"""The code in README and docs runs, on a tiny model in place of the one it names."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from preft_core.adapter import load_adapter
+
+from .hf.cases import prompt
+from .hf.test_trainers import tokenizer
+from .hf.zoo import METHODS, make_base, make_preft
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+# peft and transformers call each other's old names
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_readmes_example(tmp_path, monkeypatch):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    (code,) = python_blocks("README.md")
+    assert len(code.splitlines()) <= 14
+    scope: dict[str, object] = {}
+    exec(code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "base")), scope)
+    assert isinstance(PeftModel.from_pretrained(make_base(), tmp_path / "my-adapter"), PeftModel)
+
+
+def test_the_training_example():
+    (code,) = python_blocks("docs/training.md")
+    ids = prompt()
+    exec(code, {"base": make_base(), "ids": ids, "labels": ids.masked_fill(torch.arange(9) < 4, -100)})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fingerprint_of_the_docs(tmp_path, method):
+    make_preft(make_base(), method).save_pretrained(tmp_path)
+    (code,) = python_blocks("docs/format.md")
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    found = scope["fingerprint"](config, str(tmp_path / "adapter_model.safetensors"))  # type: ignore[operator]
+    assert found == load_adapter(tmp_path).fingerprint
+
+
+def test_links_point_at_files():
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
+            assert "://" in link or (file.parent / link).exists(), f"{file.name}: {link}"
+        for path in re.findall(r"`((?:src|tests|docs|benchmarks|preft_hf|preft_core)/[\w/]+\.\w+)`", file.read_text()):
+            assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), f"{file.name}: {path}"
+
+
+def test_the_readmes_figures_are_the_committed_ones():
+    from benchmarks.readme import END, RESULTS, START, section
+
+    shown = (ROOT / "README.md").read_text().partition(START)[2].partition(END)[0]
+    assert shown == "".join(section(file) for file in sorted(RESULTS.glob("*.json")))
+    assert shown
