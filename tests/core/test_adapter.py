@@ -273,7 +273,7 @@ def test_a_pickle_is_refused(tmp_path):
 FILE = save(tensors_of(), {"format": "pt"})
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 32), cuts=st.integers(0, 3))
 def test_mutated_files_give_an_adapter_or_an_adapter_error(tmp_path, seed, cuts):
     source = random.Random(seed)
@@ -300,7 +300,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300, deadline=5000)
 @given(field=st.sampled_from([*GOOD, "surprise"]), value=json_values)
 def test_any_json_gives_a_config_or_an_adapter_error(field, value):
     try:
