@@ -212,6 +212,50 @@ def test_linear_layers_of_any_backend_take_an_adapter(tmp_path):
     assert torch.equal(tokens_of(PeftModel.from_pretrained(quantised(), tmp_path)), tokens_of(model.eval()))
 
 
+def with_bitsandbytes(kind: str) -> nn.Module:
+    backend = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = make_base(hidden_size=64, intermediate_size=128)
+    for layer in base.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, child in list(parent.named_children()):
+                if not isinstance(child, nn.Linear):
+                    continue
+                widths, weight = (child.in_features, child.out_features), child.weight.data
+                if kind == "4bit":
+                    linear = backend.nn.Linear4bit(*widths, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+                    linear.weight = backend.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+                else:
+                    linear = backend.nn.Linear8bitLt(*widths, bias=False, has_fp16_weights=False)
+                    linear.weight = backend.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+                setattr(parent, name, linear.to("cpu"))
+    return base.eval()
+
+
+# bitsandbytes on a CPU says that it casts to float16, and what torch deprecates
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_bitsandbytes_layers(kind):
+    base, ids = with_bitsandbytes(kind), prompt()
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        model = make_preft(base)
+        with preft_phase("decode"):
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not torch.allclose(model(input_ids=ids).logits, expected, atol=0.1)
+        output = model.generate(input_ids=ids, **GREEDY)
+        row = output.sequences[:, :-1]
+        mask = (torch.arange(row.shape[1]) < ids.shape[1]).expand_as(row)
+        forced = model(input_ids=row, prefill_mask=mask).logits[:, ids.shape[1] - 1 :]
+    assert (forced - torch.stack(output.logits, 1)).abs().max() <= 1e-4
+    # a model of its own: 4-bit layers that ran in eval mode on a CPU have changed to a form without a backward
+    trained = make_preft(with_bitsandbytes(kind).train()).train()
+    trained(input_ids=ids, labels=ids.masked_fill(torch.arange(9) < 5, -100)).loss.backward()
+    gradients = [p.grad for name, p in trained.named_parameters() if "preft_B" in name]
+    assert all(grad is not None and grad.abs().max() > 0 for grad in gradients)
+
+
 def test_threads_do_not_see_each_others_phase():
     """Prefill and decode forwards of one model run at the same time in several threads."""
     c = case("llama", "lora")
