@@ -40,7 +40,8 @@ def read_turns(path: str | Path) -> list[Turn]:
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which also splits at separators that may stand inside a JSON text
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}; give a JSONL file in UTF-8") from error
     turns: list[Turn] = []

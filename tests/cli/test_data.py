@@ -34,6 +34,14 @@ def test_pairs_and_messages(tmp_path):
     assert batch["labels"].tolist() == [[-100, 6, 2, -100], [-100, -100, 6, 2]]
 
 
+def test_a_byte_order_mark_and_unusual_separators_are_text(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a\u2028b\x85c", "response": f"w{i}"} for i in range(2)]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_bytes(text.encode("utf-8-sig"))
+    assert read_turns(file) == [Turn("a\u2028b\x85c", f"w{i}", i + 1) for i in range(2)]
+
+
 def test_wrong_lines_are_named_together(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(
