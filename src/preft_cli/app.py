@@ -16,6 +16,8 @@ HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dr
     preft train --model ID --data rows.jsonl --output my-adapter
     preft generate --adapter my-adapter --prompt "Tumbes, PE, 96946"
     preft inspect my-adapter
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C. PREFT_DEBUG=1 shows tracebacks.
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)

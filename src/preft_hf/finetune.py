@@ -1,5 +1,6 @@
 """What `preft train` and `preft generate` do: load the base model, the data and the adapter, and report."""
 
+import hashlib
 import json
 import math
 import random
@@ -10,10 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from preft_hf.config import PreftConfig
-from preft_hf.data import DataError, Sample, encode_turns, read_turns
+from preft_hf.data import DataError, Sample, Turn, encode_turns, read_turns
 from preft_hf.sft import CHECKPOINTS, TrainingPlan, evaluate, train
 
 DEMO_MODEL = "demo"
+RUN = "run.json"
+# what may change between a run and its resumption without changing a loss
+FREE_OPTIONS = {"output", "data", "resume", "save_every", "eval_every"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
     _check_output(options)
     turns = read_turns(options.data)
     base, tokenizer = load_base(options.model, options.dtype)
-    samples, num_long = encode_turns(turns, tokenizer, options.max_length)
+    train_samples, eval_samples, num_long = _samples(turns, options, tokenizer)
+    _check_context(base, train_samples + eval_samples)
     if num_long:
         console.print(f"[yellow]{num_long} rows have more than {options.max_length} tokens and are left out[/]")
-    train_samples, eval_samples = _split(samples, options)
     torch.manual_seed(options.seed)
     config = PreftConfig(
         method=options.method,  # type: ignore[arg-type]
@@ -72,6 +76,7 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
     pad = tokenizer.pad_token_id
     before = None if options.resume or not eval_samples else evaluate(model, eval_samples, pad)
     options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / RUN).write_text(json.dumps(_run_facts(options), indent=1) + "\n")
     result = train(model, train_samples, eval_samples, plan, pad, console, options.resume)
     if result.interrupted:
         console.print(
@@ -179,18 +184,66 @@ def _check_output(options: FinetuneOptions) -> None:
             f"--output {options.output} holds the checkpoints of another run: go on with it by --resume, or give "
             "another folder"
         )
+    file = options.output / RUN
+    if options.resume and file.exists():
+        before, now = json.loads(file.read_text()), _run_facts(options)
+        faults = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]
+        ]
+        if faults:
+            raise ValueError(
+                f"--resume goes on with the run in {options.output}, and {'; '.join(faults)}: give the same command, "
+                "or another --output for another run"
+            )
 
 
-def _split(samples: list[Sample], options: FinetuneOptions) -> tuple[list[Sample], list[Sample]]:
-    order = list(range(len(samples)))
-    random.Random(options.seed).shuffle(order)
-    num_eval = math.ceil(options.eval_split * len(samples)) if options.eval_split > 0 else 0
-    if num_eval >= len(samples):
-        raise DataError(
-            f"{options.data} has {len(samples)} usable rows and --eval-split {options.eval_split} holds out "
-            f"{num_eval}: none is left to train on; give more rows, or --eval-split 0"
+def _run_facts(options: FinetuneOptions) -> dict[str, Any]:
+    """Returns what decides every loss of a run, as JSON keeps it."""
+    facts = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
+    try:
+        data = options.data.read_bytes()
+    except OSError as error:
+        raise DataError(f"{options.data} cannot be read: {error}; give a JSONL file in UTF-8") from error
+    return facts | {"data_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _check_context(model: Any, samples: list[Sample]) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"the longest row has {longest} tokens and the model's context {context}: leave longer rows out with "
+            f"--max-length {context}"
         )
-    return [samples[i] for i in order[num_eval:]], [samples[i] for i in order[:num_eval]]
+
+
+def _samples(turns: list[Turn], options: FinetuneOptions, tokenizer: Any) -> tuple[list[Sample], list[Sample], int]:
+    """Returns samples to train on, samples held out, and how many turns were too long and left out of both."""
+    train_turns, eval_turns = _split(turns, options)
+    train_samples, num_long = encode_turns(train_turns, tokenizer, options.max_length)
+    if not eval_turns:
+        return train_samples, [], num_long
+    eval_samples, num_long_eval = encode_turns(eval_turns, tokenizer, options.max_length)
+    return train_samples, eval_samples, num_long + num_long_eval
+
+
+def _split(turns: list[Turn], options: FinetuneOptions) -> tuple[list[Turn], list[Turn]]:
+    """Returns the turns to train on and those held out. Turns of one row stay together, as they share their text."""
+    lines = list(dict.fromkeys(turn.line for turn in turns))
+    random.Random(options.seed).shuffle(lines)
+    num_eval = math.ceil(options.eval_split * len(lines)) if options.eval_split > 0 else 0
+    if num_eval >= len(lines):
+        raise DataError(
+            f"{options.data} has {len(lines)} rows and --eval-split {options.eval_split} holds out {num_eval}: none "
+            "is left to train on; give more rows, or --eval-split 0"
+        )
+    by_line: dict[int, list[Turn]] = {}
+    for turn in turns:
+        by_line.setdefault(turn.line, []).append(turn)
+    train_turns, eval_turns = (
+        [turn for line in part for turn in by_line[line]] for part in (lines[num_eval:], lines[:num_eval])
+    )
+    return train_turns, eval_turns
 
 
 def _plan(options: FinetuneOptions, num_rows: int) -> TrainingPlan:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import signal
 import time
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from preft_hf.data import Sample, collate
 
@@ -68,9 +68,10 @@ def train(
         resume: continue from the last checkpoint under the plan's output, with its optimizer, order and random state
     Raises:
         ValueError: resume without a checkpoint.
+        RuntimeError: the loss is no longer finite.
     """
     folder = plan.output / CHECKPOINTS
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
+    checkpoint = last_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{folder} holds no checkpoint to resume from: start without --resume")
     bar = ProgressBar(console, plan, _num_tokens_a_row(train_samples))
@@ -84,7 +85,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     with bar:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     result = TrainingResult(
         interrupted=bar.interrupted and trainer.state.global_step < plan.num_steps,
@@ -96,6 +97,20 @@ def train(
         json.dumps({"losses": result.losses, "eval_losses": result.eval_losses}, indent=1) + "\n"
     )
     return result
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest whole checkpoint; None if there is none. Trainer writes trainer_state.json last."""
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json") if _is_json(file)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def evaluate(model: Any, samples: Sequence[Sample], pad_token_id: int, batch_size: int = 8) -> float:
@@ -129,6 +144,8 @@ def _arguments(plan: TrainingPlan, folder: Path, has_eval: bool) -> TrainingArgu
         weight_decay=0.0,
         logging_strategy="steps",
         logging_steps=1,
+        # The filter would show the mean of earlier losses in place of NaN.
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if has_eval else "no",
         eval_steps=eval_every,
         save_strategy="steps",
@@ -199,6 +216,11 @@ class ProgressBar(TrainerCallback):
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise RuntimeError(
+                f"the loss is {logs['loss']} at step {state.global_step}, so training diverged: start again with a "
+                f"lower learning rate than {self._plan.learning_rate:g}"
+            )
         for name in ("loss", "eval_loss"):
             if logs and name in logs:
                 shown: dict[str, Any] = {name: f"{float(logs[name]):.3f}"}

@@ -127,3 +127,36 @@ def test_debug_shows_the_traceback():
     done = preft("inspect", "nowhere", env=os.environ | {"PREFT_DEBUG": "1"})
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_resume_goes_on_with_the_same_run_alone_and_from_a_whole_checkpoint(place):
+    options = ("--steps", 20, "--save-every", 5)
+    assert preft(*train(place, "first", *options)).returncode == 0
+    checkpoints = place / "first" / "checkpoints"
+    (checkpoints / "checkpoint-20" / "trainer_state.json").write_text('{"epoch": 2')
+    whole = json.loads((place / "first" / "history.json").read_text())
+
+    (place / "other.jsonl").write_text((place / "rows.jsonl").read_text() + "\n")
+    other = preft(*train(place, "first", *options, "--data", place / "other.jsonl", "--seed", 7, "--resume"))
+    assert other.returncode == 2
+    assert "seed was 0 and is 7" in other.stderr
+    assert "data_sha256" in other.stderr
+
+    assert preft(*train(place, "first", *options, "--resume")).returncode == 0
+    assert json.loads((place / "first" / "history.json").read_text()) == whole
+
+
+def test_a_run_that_diverges_is_said_and_saves_no_adapter(place):
+    done = preft(*train(place, "diverged", "--steps", 40, "--lr", 1e30))
+    assert done.returncode == 1
+    assert "training diverged" in done.stderr
+    assert "lower learning rate" in done.stderr
+    assert not (place / "diverged" / "adapter_model.safetensors").exists()
+
+
+def test_rows_beyond_the_context_are_refused(place):
+    row = {"prompt": "w05 " * 200, "response": "w06"}
+    (place / "long.jsonl").write_text((place / "rows.jsonl").read_text() + "\n" + json.dumps(row))
+    done = preft(*train(place, "long", "--data", place / "long.jsonl"))
+    assert done.returncode == 2
+    assert "context 128" in done.stderr

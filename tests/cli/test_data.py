@@ -1,9 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 
+from preft_hf import finetune
 from preft_hf.data import DataError, Turn, collate, encode_turns, read_turns
 from preft_hf.demo.cities import city_rows, field_accuracy, num_right_fields
+from preft_hf.finetune import FinetuneOptions
 
 from ..hf.test_trainers import tokenizer
 
@@ -92,3 +95,15 @@ def test_fields():
     assert num_right_fields("", expected) == 0
     row = city_rows(1)[0]
     assert field_accuracy([row.response], [row]) == 1.0
+
+
+def test_turns_of_one_conversation_are_held_out_together():
+    turns = [Turn(f"w{line:02} " * (turn + 1), "w05", line) for line in range(1, 11) for turn in range(4)]
+    options = FinetuneOptions(
+        "m", Path("rows.jsonl"), Path("out"), "lora", 4, None, 1e-3, None, 1.0, 4, 64, 0.2, 0, 0, 0, "float32", False
+    )
+    trained, held_out = finetune._split(turns, options)
+    assert len(held_out) == 8
+    assert len({turn.line for turn in held_out}) == 2
+    assert {turn.line for turn in held_out}.isdisjoint(turn.line for turn in trained)
+    assert len(trained) + len(held_out) == 40
