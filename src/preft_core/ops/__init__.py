@@ -1,9 +1,92 @@
 """Adapter arithmetic: what an adapter adds to the rows it is given.
 
-Dimensions in tensor names: T tokens (any leading dimensions), R rank, D input width, N output width. The residual
-stream of a decoder layer has D == N.
+Dimensions in tensor names: T tokens (any leading dimensions), S slots, L layers that share an input, R rank, D input
+width, N output width. The residual stream of a decoder layer has D == N.
+
+The differentiable updates of one adapter come from `reference`. `add_lora_` and `add_direft_` serve many adapters in
+one batch; Triton's kernels do it on CUDA devices, `cpu` elsewhere, and `reference` says what they must compute.
 """
 
-from preft_core.ops.reference import direft_update, lora_update, loreft_update, orthonormal_rows
+import functools
+import warnings
+from types import ModuleType
 
-__all__ = ["direft_update", "lora_update", "loreft_update", "orthonormal_rows"]
+from torch import Tensor, is_grad_enabled
+
+from preft_core.ops import cpu
+from preft_core.ops.reference import direft_update, lora_update, loreft_update, orthonormal_rows
+from preft_core.tokens import Segments
+
+__all__ = ["add_direft_", "add_lora_", "direft_update", "lora_update", "loreft_update", "orthonormal_rows"]
+
+
+def add_lora_(
+    output_TN: Tensor, x_TD: Tensor, a_SLRD: Tensor, b_SNR: Tensor, widths: tuple[int, ...], segments: Segments
+) -> None:
+    """Adds to each adapted row of a packed batch the LoRA update of its own slot. See `reference.add_lora_`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other, or an input that a gradient is wanted for.
+    """
+    slots, _, rank, width_in = a_SLRD.shape
+    rows = segments.num_rows
+    _check(
+        {
+            "output": (output_TN, (rows, sum(widths))),
+            "x": (x_TD, (rows, width_in)),
+            "a": (a_SLRD, (slots, len(widths), rank, width_in)),
+            "b": (b_SNR, (slots, sum(widths), rank)),
+        }
+    )
+    _implementation(output_TN.device.type).add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
+
+
+def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor, segments: Segments) -> None:
+    """Adds to each adapted row of a packed batch the DiReFT update of its own slot. See `reference.add_direft_`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other, or an input that a gradient is wanted for.
+    """
+    slots, rank, width = a_SRD.shape
+    _check(
+        {
+            "hidden": (hidden_TD, (segments.num_rows, width)),
+            "a": (a_SRD, (slots, rank, width)),
+            "b": (b_SDR, (slots, width, rank)),
+            "bias": (bias_SR, (slots, rank)),
+        }
+    )
+    _implementation(hidden_TD.device.type).add_direft_(hidden_TD, a_SRD, b_SDR, bias_SR, segments)
+
+
+@functools.cache
+def _implementation(device_type: str) -> ModuleType:
+    if device_type != "cuda":
+        return cpu
+    try:
+        from preft_core.ops import triton
+    except ImportError as error:
+        warnings.warn(
+            f"Triton cannot be imported ({error}), so adapters of a mixed batch run as a loop of matrix products, "
+            "which is slower: pip install triton",
+            stacklevel=3,
+        )
+        return cpu
+    return triton
+
+
+def _check(tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    first = next(iter(tensors.values()))[0]
+    faults = [
+        f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        for name, (tensor, shape) in tensors.items()
+        if tensor.shape != shape or tensor.dtype != first.dtype or tensor.device != first.device
+    ]
+    if faults:
+        expected = ", ".join(f"{name} {list(shape)}" for name, (_, shape) in tensors.items())
+        raise ValueError(f"{'; '.join(faults)}: expected is {expected}, all {first.dtype} on {first.device}")
+    if is_grad_enabled() and any(tensor.requires_grad for tensor, _ in tensors.values()):
+        raise ValueError(
+            "a gradient is wanted through adapters of a mixed batch, which are for inference: call the model under "
+            "torch.no_grad(), or train one adapter at a time"
+        )

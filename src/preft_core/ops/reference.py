@@ -1,8 +1,15 @@
-"""Every op in plain PyTorch: the specification that faster versions are compared with. Differentiable."""
+"""Every op in plain PyTorch: the specification that faster versions are compared with.
+
+The updates of one adapter are differentiable and serve training; `add_..._` change their output in place.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from preft_core.tokens import Segments
 
 
 def lora_update(x_TD: Tensor, a_RD: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
@@ -64,3 +71,62 @@ def orthonormal_rows(r_RD: Tensor) -> Tensor:
     factor_DR, triangle_RR = torch.linalg.qr(r_RD.T.to(torch.promote_types(r_RD.dtype, torch.float32)))
     sign_R = torch.where(triangle_RR.diagonal() < 0, -1.0, 1.0)
     return (factor_DR * sign_R).T.to(r_RD.dtype)
+
+
+def add_lora_(
+    output_TN: Tensor, x_TD: Tensor, a_SLRD: Tensor, b_SNR: Tensor, widths: tuple[int, ...], segments: Segments
+) -> None:
+    """Adds to each adapted row of a packed batch the LoRA update of its own slot; other rows are not touched.
+
+        for row, slot in adapted rows:
+            for l, columns in enumerate(the L slices of the N columns, of the given widths):
+                output[row, columns] += b[slot, columns] @ (a[slot, l] @ x[row])
+
+    in float32, rounded once to output's dtype.
+
+    Args:
+        output_TN: (T, N), changed in place; any strides. Layers that share their input (q, k, v; gate, up) lie side
+            by side in it
+        x_TD: (T, D), the layers' input, dtype of output
+        a_SLRD: (S, L, R, D), dtype of output, contiguous within a slot
+        b_SNR: (S, N, R), dtype of output, contiguous within a slot, scaling folded in
+        widths: of the L layers, sum N
+        segments: of the T rows
+    Source: arXiv 2106.09685, section 4.1; grouped by adapter as in arXiv 2310.18547 (SGMV), rows of decode left out.
+    """
+    for rows, slot in _tiles(segments):
+        x, output, begin = x_TD[rows].float(), output_TN[rows].float(), 0
+        for a_RD, width in zip(a_SLRD[slot], widths, strict=True):
+            columns = slice(begin, begin + width)
+            output[:, columns] += linear(linear(x, a_RD.float()), b_SNR[slot, columns].float())
+            begin += width
+        output_TN[rows] = output.to(output_TN.dtype)
+
+
+def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor, segments: Segments) -> None:
+    """Adds to each adapted row of a packed batch the DiReFT update of its own slot; other rows are not touched.
+
+        for row, slot in adapted rows:
+            hidden[row] += b[slot] @ (a[slot] @ hidden[row] + bias[slot])
+
+    in float32, rounded once to hidden's dtype. LoReFT is the same with A - Q, Q^T.
+
+    Args:
+        hidden_TD: (T, D), output of a decoder layer, changed in place; any strides
+        a_SRD: (S, R, D), dtype of hidden, contiguous within a slot
+        b_SDR: (S, D, R), dtype of hidden, contiguous within a slot, scaling folded in
+        bias_SR: (S, R), dtype of hidden
+        segments: of the T rows
+    Source: arXiv 2404.03592, section 3.2.
+    """
+    for rows, slot in _tiles(segments):
+        hidden = hidden_TD[rows].float()
+        low = linear(hidden, a_SRD[slot].float(), bias_SR[slot].float())
+        hidden_TD[rows] = (hidden + linear(low, b_SDR[slot].float())).to(hidden_TD.dtype)
+
+
+def _tiles(segments: Segments) -> Iterator[tuple[Tensor, int]]:
+    """Returns (rows int64, slot) of each tile that is used. Waits for the device."""
+    for first, count, slot in segments.tiles.tolist():
+        if count:
+            yield segments.rows[first : first + count].long(), slot

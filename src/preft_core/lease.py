@@ -1,0 +1,58 @@
+"""A lease on adapters of a slot pool, and what names stand for."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from preft_core.layout import Bucket
+from preft_core.slab import Entry
+
+BASE_NAME = "__base__"
+"""The name that stands for the base model, without an adapter."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an adapter lies while its lease lasts. The fingerprint is the key for KV that it makes."""
+
+    name: str
+    bucket: Bucket
+    index: int
+    fingerprint: str
+
+
+class Lease:
+    """Pinned adapters: `slots` by name. They cannot be evicted until `release`, or the end of the with block."""
+
+    def __init__(self, entries: Sequence[Entry], unpin: Callable[[Sequence[Entry]], None]):
+        self._unpin = unpin
+        self._entries = list(entries)
+        self.slots: dict[str, Slot] = {}
+        for entry in entries:
+            assert entry.index is not None
+            assert entry.fingerprint is not None
+            self.slots[entry.name] = Slot(entry.name, entry.bucket, entry.index, entry.fingerprint)
+
+    def release(self) -> None:
+        """Unpins. Call it when the last forward that reads the slots was started. A second call does nothing."""
+        entries, self._entries = self._entries, []
+        if entries:
+            self._unpin(entries)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def unknown_names(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """Returns the message for adapter names that nobody knows: the names, and up to 20 that are known."""
+    names = sorted(known)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (
+        f"adapter {', '.join(map(repr, unknown))} is not known; known are {', '.join(names[:20]) or 'none'}{more}, "
+        f"and {BASE_NAME!r} for no adapter"
+    )

@@ -1,0 +1,71 @@
+"""Launch configurations of the kernels: computed from the shape, never searched for on a request's path."""
+
+from dataclasses import dataclass
+
+SHARED_MEMORY = {(8, 0): 160 << 10, (9, 0): 220 << 10, (10, 0): 220 << 10}
+"""Bytes of shared memory that one program may use, by compute capability, with some left for the compiler."""
+SAFE_SHARED_MEMORY = 60 << 10
+MIN_PROGRAMS = 128
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernels of one op are launched.
+
+    Attributes:
+        split: parts that the input width is cut into, each summed by a program of its own
+        block_in: input columns per step of the shrink
+        block_columns: of the L * R columns, those that one program of the shrink computes
+        block_out: output columns per program of the expand
+        num_warps: of either kernel
+        num_stages: steps of the shrink that are loaded ahead
+    """
+
+    split: int
+    block_in: int
+    block_columns: int
+    block_out: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_for(
+    capability: tuple[int, int],
+    num_tiles: int,
+    tile_rows: int,
+    width: int,
+    num_columns: int,
+    rank: int,
+    bytes_per_number: int,
+) -> Launch:
+    """Returns a configuration that fits the device.
+
+    The width is cut into parts when tiles alone would leave multiprocessors idle (sm_80 has 108, sm_90 132). Batches
+    of other sizes may thus add the parts of a sum in another order, and differ in the last bits of float32.
+
+    Args:
+        capability: compute capability; (0, 0) in the interpreter
+        num_tiles, tile_rows: of the segments
+        width: D, the input's columns
+        num_columns: L * R
+        rank: R
+        bytes_per_number: 2 or 4, that of the operands of a matrix product
+    """
+    budget = SHARED_MEMORY.get(capability, SAFE_SHARED_MEMORY)
+    split = 1
+    while num_tiles * split < MIN_PROGRAMS and split < 8 and width // (2 * split) >= 256:
+        split *= 2
+    block_columns = min(_power_of_two(num_columns), 128)
+    # the widest steps first, then as many of them ahead as fit
+    per_column = (tile_rows + block_columns) * bytes_per_number
+    block_in = next(size for size in (128, 64, 32, 16) if 2 * size * per_column <= budget or size == 16)
+    num_stages = max(1, min(4, budget // (block_in * per_column)))
+    operands = _power_of_two(rank) * bytes_per_number
+    widest = 256 if tile_rows <= 32 else 128
+    block_out = next(size for size in (256, 128, 64, 32) if size <= widest and (size + tile_rows) * operands <= budget)
+    return Launch(split, block_in, block_columns, block_out, 8 if tile_rows > 32 else 4, num_stages)
+
+
+def _power_of_two(count: int) -> int:
+    """Returns the smallest power of two that is at least count, and at least the 16 of a matrix unit."""
+    return max(16, 1 << (count - 1).bit_length())
