@@ -11,6 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # the kernels' tests run in Triton's interpreter, which has to be chosen before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 TGI_PYTHON = Path(os.environ.get("PREFT_TGI_PYTHON", "~/.cache/preft/tgi/bin/python")).expanduser()
 
 
