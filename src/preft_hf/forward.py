@@ -1,6 +1,7 @@
 """Decides the phase each time a model is called, and carries what PreFT puts on a model besides its layers."""
 
 import inspect
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,19 @@ from torch import Tensor, nn
 
 from preft_hf.generation import PromptBoundary, cached_length
 from preft_hf.layer import PreftLayer
-from preft_hf.phase import ForwardPhase, Phase, declared_phase, phase_of_mask
+from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
+from preft_hf.routing import Routing, RowAdapters
 from preft_hf.training import check_prompts, checkpointed_modules, keep_phase_in_checkpoints, mask_from_labels
 
 ATTRIBUTE = "_preft_attachment"
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.adapters: RowAdapters | None = None
+
+    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
+        return _ThreadState, ()
 
 
 class Attachment:
@@ -22,6 +32,7 @@ class Attachment:
     Attributes:
         phase: the phase of the running forward, shared by all adapter layers of the model
         layers: the model's adapter layers
+        routing: the adapters of each row, where a batch has several
         awaiting: adapters made for a saved adapter whose weights have not arrived; they must not run
     """
 
@@ -30,7 +41,9 @@ class Attachment:
         self.phase = ForwardPhase()
         self.layers: list[PreftLayer] = []
         self.awaiting: set[str] = set()
-        self.boundary = PromptBoundary(model)
+        self.routing = Routing(self.layers)
+        self.boundary = PromptBoundary(model, self.routing)
+        self._of_forward = _ThreadState()
         self._checked_reach = False
         self._parameter_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._checkpointed = checkpointed_modules(model)
@@ -57,6 +70,7 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs.pop("prefill_mask", None)
+        adapters = self._row_adapters(module, kwargs.pop("adapter_names", None))
         values = dict(zip(self._parameter_names, args, strict=False)) | kwargs
         if self.awaiting:
             raise RuntimeError(
@@ -65,7 +79,7 @@ class Attachment:
             )
         if not torch.compiler.is_compiling():
             keep_phase_in_checkpoints(self._checkpointed, self.phase)
-        phase = self._decide(module, values, mask)
+        phase = self._decide(module, values, mask, adapters)
         self.phase.begin(phase)
         if not self._checked_reach and phase is not False and not torch.compiler.is_compiling():
             self.phase.reached = None if self.boundary.nested else set()
@@ -73,6 +87,9 @@ class Attachment:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.phase.end()
+        if not torch.compiler.is_compiling() and self._of_forward.adapters is not None:
+            self._of_forward.adapters.release()
+            self._of_forward.adapters = None
         if self.phase.reached is not None:
             self._check_reach(self.phase.reached, completed=output is not None)
 
@@ -93,18 +110,50 @@ class Attachment:
             )
 
     def _has_live_adapter(self) -> bool:
-        return any(not layer.disable_adapters and layer.active_adapters for layer in self.layers)
+        return any(layer.is_live() for layer in self.layers)
 
-    def _decide(self, module: nn.Module, values: Mapping[str, Any], mask: Tensor | bool | None) -> Phase:
-        """Explicit mask, else labels, else preft_phase, else (in eval mode) an empty cache."""
+    def _row_adapters(self, module: nn.Module, given: Any) -> RowAdapters | None:
+        """Returns the adapters of the rows: those that generate passes on, or that this forward was given itself."""
+        if isinstance(given, RowAdapters):
+            return given
+        if given is None and (torch.compiler.is_compiling() or self.boundary.active):
+            return None
+        names = self.routing.declared if given is None else given
+        if names is None:
+            return None
+        adapters = self.routing.of(names, module.training)
+        self._of_forward.adapters = adapters
+        return adapters
+
+    def _decide(
+        self,
+        module: nn.Module,
+        values: Mapping[str, Any],
+        mask: Tensor | bool | None,
+        adapters: RowAdapters | None,
+    ) -> Phase:
+        """Returns the phase, of each row's own adapter if they were named."""
         tokens = values.get("input_ids")
         tokens = values.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise ValueError("neither input_ids nor inputs_embeds was given: a PreFT model needs one of them")
-        shape = tuple(tokens.shape[:2])
+        phase = self._prefill(module, values, mask, adapters is not None, tuple(tokens.shape[:2]))
+        if adapters is None:
+            return phase
+        return adapters.phase(phase, tuple(tokens.shape[:2]), tokens.device)
+
+    def _prefill(
+        self,
+        module: nn.Module,
+        values: Mapping[str, Any],
+        mask: Tensor | bool | None,
+        named: bool,
+        shape: tuple[int, ...],
+    ) -> SharedPhase:
+        """Explicit mask, else labels, else preft_phase, else (in eval mode) an empty cache."""
         if mask is not None:
             return _explicit_phase(mask, shape)
-        if not self._has_live_adapter():
+        if not named and not self._has_live_adapter():
             return False
         if not torch.compiler.is_compiling() and self.boundary.active:
             raise RuntimeError(
@@ -134,7 +183,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     return attachment
 
 
-def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> Phase:
+def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> SharedPhase:
     if isinstance(mask, bool):
         return mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
@@ -146,7 +195,7 @@ def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> Phase:
     return phase_of_mask(mask)
 
 
-def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> Phase:
+def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
     labels, attention_mask = values["labels"], values.get("attention_mask")
     if tuple(labels.shape) != shape:
         raise ValueError(
@@ -165,7 +214,7 @@ def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> Phase
     return phase_of_mask(mask)
 
 
-def _phase_of_cache(values: Mapping[str, Any], shape: tuple[int, ...]) -> Phase:
+def _phase_of_cache(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
     cache = values.get("past_key_values")
     length = cached_length(values.get("cache_params") if cache is None else cache)
     if length == 0:

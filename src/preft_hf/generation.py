@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from preft_core.tokens import prefill_span
 from preft_hf.phase import declared_phase
+from preft_hf.routing import Routing, RowAdapters
 
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
@@ -23,11 +24,13 @@ class Generation:
         prompt_length: tokens of the prompt, which are prefill
         num_seen: tokens that this generation's forwards were given so far, plus what its cache held before
         nested: True for a generate inside a generate
+        adapters: one adapter per prompt, or None where the active ones act on all
     """
 
     prompt_length: int
     num_seen: int
     nested: bool
+    adapters: RowAdapters | None
 
 
 class _ThreadState(threading.local):
@@ -46,8 +49,9 @@ class PromptBoundary:
     generate (early exit, token healing) keeps the prompt of the outer one.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, routing: Routing):
         self.model = model
+        self.routing = routing
         self._thread = _ThreadState()
         self._own_methods: dict[str, Any] = {}
         if hasattr(model, "generate"):
@@ -90,11 +94,15 @@ class PromptBoundary:
         outer = self._thread.generation
         cached = cached_length(kwargs.get("past_key_values")) or 0
         prompt_length = outer.prompt_length if outer else self._prompt_length(inputs, kwargs, cached)
-        self._thread.generation = Generation(prompt_length, num_seen=cached, nested=outer is not None)
+        adapters = outer.adapters if outer else self._row_adapters(inputs, kwargs)
+        kwargs.pop("adapter_names", None)
+        self._thread.generation = Generation(prompt_length, cached, outer is not None, adapters)
         try:
             return self.original("generate")(inputs, *args, **kwargs)
         finally:
             self._thread.generation = outer
+            if adapters is not None and outer is None:
+                adapters.release()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         model_inputs = self.original("prepare_inputs_for_generation")(*args, **kwargs)
@@ -112,7 +120,32 @@ class PromptBoundary:
             row = torch.arange(num_tokens, device=tokens.device)
             model_inputs["prefill_mask"] = ((row >= begin) & (row < end)).expand(batch_size, num_tokens)
         generation.num_seen = first + num_tokens
+        if generation.adapters is not None:
+            if end > begin:
+                model_inputs["adapter_names"] = generation.adapters
+            else:
+                generation.adapters.release()
         return model_inputs
+
+    def _row_adapters(self, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> RowAdapters | None:
+        """Returns the adapters of the prompts, if they were named.
+
+        Raises:
+            ValueError: names that are unknown, or not as many as prompts.
+        """
+        names = kwargs.get("adapter_names")
+        names = self.routing.declared if names is None else names
+        if names is None:
+            return None
+        adapters = self.routing.of(names, self.model.training)
+        prompts = next(
+            (p for p in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if p is not None), None
+        )
+        if prompts is not None and len(prompts) != len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} names for {len(prompts)} prompts: give one name per prompt"
+            )
+        return adapters
 
     def _prompt_length(self, inputs: Tensor | None, kwargs: Mapping[str, Any], cached: int) -> int:
         """Returns the prompt's length with what is cached, by transformers' own reading of the arguments.

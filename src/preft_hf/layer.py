@@ -9,21 +9,27 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from preft_core.ops import direft_update, lora_update, loreft_update
+from preft_core.layout import Bucket, Weights
+from preft_core.ops import add_direft_, add_lora_, direft_update, lora_update, loreft_update
 from preft_hf.config import PreftConfig
-from preft_hf.phase import ForwardPhase, Phase, PrefillRows
+from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
+from preft_hf.rows import cast, flat, masked, rows_of
 
 
 class PreftLayer(BaseTunerLayer):
     """What both kinds of adapter layer share: parameters by adapter name, and no merging.
 
     A merged weight would act on every token, so every form of merging raises.
+
+    Attributes:
+        pooled: weights of the slots of a pool at this layer, by bucket
     """
 
     preft_A: nn.ParameterDict
 
     def _init_adapters(self, phase: ForwardPhase) -> None:
         self.phase = phase
+        self.pooled: dict[Bucket, Weights] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters = []
 
@@ -40,6 +46,10 @@ class PreftLayer(BaseTunerLayer):
 
     def _base_device(self) -> torch.device:
         raise NotImplementedError
+
+    def is_live(self) -> bool:
+        """True if an active adapter is here and not disabled."""
+        return not self._disable_adapters and any(name in self.preft_A for name in self.active_adapters)
 
     def _active_here(self) -> list[str]:
         """Returns the names of the adapters that act on this layer's prefill tokens."""
@@ -102,8 +112,11 @@ class PreftLinear(nn.Module, PreftLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The short way of decode forwards. _modules spares nn.Module's attribute search, a third of our cost here.
         output = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
-        if self.phase.snapshot() is False:
+        phase = self.phase.snapshot()
+        if phase is False:
             return output
+        if isinstance(phase, RoutedRows):
+            return self._add_routed(output, x, phase)  # pyright: ignore[reportCallIssue]
         names = self._active_here()
         if not names:
             return output
@@ -112,7 +125,7 @@ class PreftLinear(nn.Module, PreftLayer):
             output = self._add_update(output, x, phase, name)
         return output
 
-    def _add_update(self, output: Tensor, x: Tensor, phase: Phase, name: str) -> Tensor:
+    def _add_update(self, output: Tensor, x: Tensor, phase: SharedPhase, name: str) -> Tensor:
         a, b, scaling = self.preft_A[name], self.preft_B[name], self.scaling[name]
         x = self.preft_dropout[name](x)
         if phase is True:
@@ -120,17 +133,35 @@ class PreftLinear(nn.Module, PreftLayer):
                 low = linear(x, a).flatten(0, -2)
                 output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=scaling)
                 return output
-            return output + lora_update(_cast(x, a), a, b, scaling).to(output.dtype)
+            return output + lora_update(cast(x, a), a, b, scaling).to(output.dtype)
         if phase is False:
             return output
-        rows, index = _rows_of(x, phase), phase.index
-        update = lora_update(_cast(rows, a), a, b, scaling).to(output.dtype)
+        rows, index = rows_of(x, phase), phase.index
+        update = lora_update(cast(rows, a), a, b, scaling).to(output.dtype)
         if index is None:
-            return output + _masked(update, phase, output.shape)
+            return output + masked(update, phase, output.shape)
         if self._output_is_ours:
             output.view(-1, output.shape[-1]).index_add_(0, index.to(x.device), update)
             return output
         return output.flatten(0, -2).index_add(0, index.to(x.device), update).view(output.shape)
+
+    @torch.compiler.disable
+    def _add_routed(self, output: Tensor, x: Tensor, phase: RoutedRows) -> Tensor:
+        """Adds to each row the update of its own adapter."""
+        self._active_here()
+        rows_in = flat(x, phase.shape)
+        output = output if self._output_is_ours else output.clone()
+        rows_out = output.view(-1, output.shape[-1])
+        for name, rows in phase.held.items():
+            if name in self.preft_A:
+                a, b = self.preft_A[name], self.preft_B[name]
+                update = lora_update(cast(rows_in[rows], a), a, b, self.scaling[name])
+                rows_out[rows] += update.to(output.dtype)
+        for bucket, segments in phase.pooled.items():
+            weights = self.pooled.get(bucket)
+            if weights is not None:
+                add_lora_(rows_out, rows_in.to(output.dtype), weights.a, weights.b, weights.widths, segments)
+        return output
 
     def __repr__(self) -> str:
         return "preft." + super().__repr__()
@@ -188,25 +219,41 @@ class PreftBlock(nn.Module, PreftLayer):
 
     def edit_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the decoder layer, whose output is (batch, length, hidden) or a tuple that starts so."""
-        if self.phase.snapshot() is False:
+        phase = self.phase.snapshot()
+        if phase is False:
             return None
-        names = self._active_here()
-        if not names:
-            return None
-        phase = self.phase.current()
         hidden = output[0] if isinstance(output, tuple) else output
-        edited = self._edit(hidden, phase, names)
+        names = self._active_here()
+        if isinstance(phase, RoutedRows):
+            edited = self._edit_routed(hidden, phase)  # pyright: ignore[reportCallIssue]
+        elif names:
+            edited = self._edit(hidden, self.phase.current(), names)
+        else:
+            return None
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    def _edit(self, hidden: Tensor, phase: Phase, names: list[str]) -> Tensor:
+    def _edit(self, hidden: Tensor, phase: SharedPhase, names: list[str]) -> Tensor:
         if phase is True:
             return hidden + self._updates(hidden, names)
         if phase is False:
             return hidden
-        update, index = self._updates(_rows_of(hidden, phase), names), phase.index
+        update, index = self._updates(rows_of(hidden, phase), names), phase.index
         if index is None:
-            return hidden + _masked(update, phase, hidden.shape)
+            return hidden + masked(update, phase, hidden.shape)
         return hidden.flatten(0, -2).index_add(0, index.to(hidden.device), update).view(hidden.shape)
+
+    @torch.compiler.disable
+    def _edit_routed(self, hidden: Tensor, phase: RoutedRows) -> Tensor:
+        """Returns the stream with the update of its own adapter on each row."""
+        edited = flat(hidden, phase.shape).clone()
+        for name, rows in phase.held.items():
+            if name in self.preft_A:
+                edited[rows] += self._update(edited[rows], name)
+        for bucket, segments in phase.pooled.items():
+            weights = self.pooled.get(bucket)
+            if weights is not None and weights.bias is not None:
+                add_direft_(edited, weights.a[:, 0], weights.b, weights.bias, segments)
+        return edited.view(hidden.shape)
 
     def _updates(self, hidden: Tensor, names: list[str]) -> Tensor:
         total = self._update(hidden, names[0])
@@ -216,35 +263,12 @@ class PreftBlock(nn.Module, PreftLayer):
 
     def _update(self, hidden: Tensor, name: str) -> Tensor:
         a, bias = self.preft_A[name], self.preft_bias[name]
-        x = _cast(self.preft_dropout[name](hidden), a)
+        x = cast(self.preft_dropout[name](hidden), a)
         if self.method[name] == "loreft":
             update = loreft_update(x, a, self.preft_R[name], bias)
         else:
             update = direft_update(x, a, self.preft_B[name], bias, self.scaling[name])
         return update.to(hidden.dtype)
-
-
-def _rows_of(x: Tensor, phase: PrefillRows) -> Tensor:
-    """Returns the prefill rows of x, (batch, length, width) or flattened, as (rows, width); all rows under compile."""
-    batch, length = phase.mask.shape
-    if x.shape[:-1] not in ((batch, length), (batch * length,)):
-        raise RuntimeError(
-            f"a PreFT adapter layer got input of shape {tuple(x.shape)} in a forward of {batch} rows of {length} "
-            "tokens, some prefill and some decode, so it cannot tell them apart: leave this layer out with "
-            "exclude_modules"
-        )
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if phase.index is None else flat.index_select(0, phase.index.to(x.device))
-
-
-def _masked(update: Tensor, phase: PrefillRows, shape: torch.Size) -> Tensor:
-    """Returns the update of all rows (rows, width) in the shape given, zero on decode rows."""
-    return (update * phase.mask.to(update.device).reshape(-1, 1)).view(shape)
-
-
-def _cast(x: Tensor, parameter: Tensor) -> Tensor:
-    """Returns x in the adapter's dtype, except where autocast chooses the dtype of the matrix products itself."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
 
 
 def _dropout(config: PreftConfig) -> nn.Module:

@@ -136,12 +136,8 @@ class PreftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                f"adapter_names {kwargs['adapter_names']} was given: one adapter per row is not supported yet; call "
-                "set_adapter and run the rows of each adapter in a batch of their own"
-            )
-        yield
+        with attachment_of(self.model).routing.declare(kwargs.get("adapter_names")):
+            yield
 
     def unload(self) -> nn.Module:
         """Returns the base model as it was: layers, hooks and generate."""

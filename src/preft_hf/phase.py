@@ -10,6 +10,9 @@ from typing import Literal
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from preft_core.layout import Bucket
+from preft_core.tokens import Segments
+
 _DECLARED_PHASE: ContextVar[str | None] = ContextVar("preft_phase", default=None)
 
 
@@ -36,11 +39,30 @@ class PrefillRows:
         self.index = index
 
 
-Phase = bool | PrefillRows
-"""All tokens prefill (True), none (False), or some."""
+class RoutedRows:
+    """A forward in which each row of the batch has an adapter of its own, or none.
+
+    Attributes:
+        shape: (batch, length)
+        held: adapter name -> positions of its prefill tokens in the flattened batch, for adapters that the model's
+            layers hold; a slice where they are consecutive, else int64 (rows,)
+        pooled: bucket -> segments of the flattened batch, for adapters in the slots of a pool
+    """
+
+    __slots__ = ("held", "pooled", "shape")
+
+    def __init__(self, shape: tuple[int, int], held: dict[str, slice | Tensor], pooled: dict[Bucket, Segments]):
+        self.shape = shape
+        self.held = held
+        self.pooled = pooled
 
 
-def phase_of_mask(mask: Tensor) -> Phase:
+SharedPhase = bool | PrefillRows
+"""All tokens prefill (True), none (False), or some; of the active adapters, for all rows the same."""
+Phase = SharedPhase | RoutedRows
+
+
+def phase_of_mask(mask: Tensor) -> SharedPhase:
     """Returns the phase for a bool mask (batch, length). Waits for the mask's device, except under torch.compile."""
     if is_compiling():
         return PrefillRows(mask, None)
@@ -98,8 +120,8 @@ class ForwardPhase:
             self._threads_in_forward.discard(threading.get_ident())
             self._traced = Undecided.SHARED if self._threads_in_forward else Undecided.UNSET
 
-    def current(self) -> Phase:
-        """Returns the phase of the running forward, else the one that `preft_phase` declares.
+    def current(self) -> SharedPhase:
+        """Returns the phase of the running forward, else the one that `preft_phase` declares; no RoutedRows.
 
         Raises:
             RuntimeError: no forward of the model is running and nothing was declared, or compiled code runs in
@@ -107,6 +129,7 @@ class ForwardPhase:
         """
         phase = self._traced if is_compiling() else self._thread.phase
         if not isinstance(phase, Undecided):
+            assert not isinstance(phase, RoutedRows)
             return phase
         if phase is Undecided.SHARED:
             raise RuntimeError(

@@ -199,14 +199,6 @@ def test_continuous_batching_is_refused():
         model.get_base_model().init_continuous_batching()
 
 
-def test_adapter_names_per_row_are_refused():
-    model = make_preft(make_base())
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model.generate(input_ids=prompt(), adapter_names=["default", "default"], **GREEDY)
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model(input_ids=prompt(), adapter_names=["default", "default"])
-
-
 def test_a_decoding_loop_that_skips_prepare_inputs_is_refused():
     def loop(model, input_ids, **kwargs):
         return model(input_ids=input_ids).logits.argmax(-1)

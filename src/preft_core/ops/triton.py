@@ -173,6 +173,29 @@ def _shrink_kernel(
 
 
 @triton.jit
+def _place_of_block(block, width_0, width_1, width_2, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    # the block's layer, the first column of this layer in the output, its width, the block's number in the layer
+    part = block * 0
+    begin = block * 0
+    width = width_0
+    if NUM_PARTS > 1:
+        blocks = tl.cdiv(width_0, BLOCK_N)
+        beyond = block >= blocks
+        part = tl.where(beyond, 1, part)
+        begin = tl.where(beyond, width_0, begin)
+        width = tl.where(beyond, width_1, width)
+        block = tl.where(beyond, block - blocks, block)
+    if NUM_PARTS > 2:
+        blocks = tl.cdiv(width_1, BLOCK_N)
+        beyond = (part == 1) & (block >= blocks)
+        part = tl.where(beyond, 2, part)
+        begin = tl.where(beyond, width_0 + width_1, begin)
+        width = tl.where(beyond, width_2, width)
+        block = tl.where(beyond, block - blocks, block)
+    return part, begin, width, block
+
+
+@triton.jit
 def _expand_kernel(
     output_ptr,
     low_ptr,
@@ -204,25 +227,7 @@ def _expand_kernel(
     slot = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int64)
     if count == 0:
         return
-    # the block's layer, the first column of this layer in the output, the first column of the block in the layer
-    block = tl.program_id(1)
-    part = block * 0
-    begin = block * 0
-    width = width_0
-    if NUM_PARTS > 1:
-        blocks = tl.cdiv(width_0, BLOCK_N)
-        beyond = block >= blocks
-        part = tl.where(beyond, 1, part)
-        begin = tl.where(beyond, width_0, begin)
-        width = tl.where(beyond, width_1, width)
-        block = tl.where(beyond, block - blocks, block)
-    if NUM_PARTS > 2:
-        blocks = tl.cdiv(width_1, BLOCK_N)
-        beyond = (part == 1) & (block >= blocks)
-        part = tl.where(beyond, 2, part)
-        begin = tl.where(beyond, width_0 + width_1, begin)
-        width = tl.where(beyond, width_2, width)
-        block = tl.where(beyond, block - blocks, block)
+    part, begin, width, block = _place_of_block(tl.program_id(1), width_0, width_1, width_2, NUM_PARTS, BLOCK_N)
     t = tl.arange(0, TILE_ROWS)
     in_tile = t < count
     r = tl.arange(0, BLOCK_R)

@@ -1,0 +1,148 @@
+"""One adapter per row: names given with a batch, followed through its generation to the rows of each forward."""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from preft_core.layout import Bucket
+from preft_core.slots import BASE_NAME, Lease, SlotPool, unknown_names
+from preft_core.tokens import BASE, Segments, Span
+from preft_hf.layer import PreftLayer
+from preft_hf.phase import Phase, RoutedRows, SharedPhase
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.declared: list[str] | None = None
+
+    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
+        return _ThreadState, ()
+
+
+class RowAdapters:
+    """The adapters of one batch of prompts.
+
+    Adapters of a pool are pinned from the first forward that needs them until `release`, which a generation calls when
+    its prompts are in the cache. Pinning them again after that gets the same adapters or an error.
+    """
+
+    def __init__(self, names: Sequence[str], pool: SlotPool | None, held: set[str]):
+        self.names = list(names)
+        self._pool = pool
+        self._pooled = {name for name in names if name not in held and name != BASE_NAME}
+        self._lease: Lease | None = None
+        self._fingerprints: dict[str, str] | None = None
+
+    def phase(self, prefill: SharedPhase, shape: tuple[int, int], device: torch.device) -> Phase:
+        """Returns the phase of a forward of (batch, length) tokens, given which of them are prefill.
+
+        Raises:
+            ValueError: batch is no multiple of the number of names. Beams and returned sequences repeat each prompt's.
+        """
+        batch, length = shape
+        if batch % len(self.names):
+            raise ValueError(
+                f"adapter_names has {len(self.names)} names for a batch of {batch} rows: give one name per prompt"
+            )
+        names = [name for name in self.names for _ in range(batch // len(self.names))]
+        if prefill is False or all(name == BASE_NAME for name in names):
+            return False
+        self._pin()
+        mask = None if prefill is True else prefill.mask
+        pinned = self._lease.slots if self._lease is not None else {}
+        held = sorted(set(names) - self._pooled - {BASE_NAME})
+        numbers = {name: i for i, name in enumerate(held)}
+        groups = _segments([numbers.get(name, BASE) for name in names], mask, length, torch.device("cpu")).groups
+        rows = {held[g.slot]: g.rows if isinstance(g.rows, slice) else g.rows.to(device) for g in groups}
+        pooled = {}
+        for bucket in sorted({slot.bucket for slot in pinned.values()}):
+            slots = [_index(pinned, name, bucket) for name in names]
+            pooled[bucket] = _segments(slots, mask, length, device)
+        return RoutedRows((batch, length), rows, pooled)
+
+    def release(self) -> None:
+        """Unpins: the forwards that follow do not need these adapters. Does nothing if none is pinned."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+
+    def _pin(self) -> None:
+        if self._lease is not None or not self._pooled:
+            return
+        assert self._pool is not None
+        lease = self._pool.acquire(self._pooled)
+        found = {name: slot.fingerprint for name, slot in lease.slots.items()}
+        if self._fingerprints not in (None, found):
+            lease.release()
+            raise RuntimeError(
+                f"one of the adapters {', '.join(sorted(found))} was replaced while a generation used it: its prompt "
+                "would be made by two adapters; generate again"
+            )
+        self._lease, self._fingerprints = lease, found
+
+
+class Routing:
+    """Knows a model's adapters by name, those that its layers hold and those of its pool.
+
+    Attributes:
+        pool: set and removed by PreftPool
+    """
+
+    def __init__(self, layers: list[PreftLayer]):
+        self._layers = layers
+        self._thread = _ThreadState()
+        self.pool: SlotPool | None = None
+
+    @property
+    def declared(self) -> list[str] | None:
+        """The names that PEFT's forward or generate was given in this thread."""
+        return self._thread.declared
+
+    @contextmanager
+    def declare(self, names: list[str] | None) -> Iterator[None]:
+        """Says the adapter of each row for the call inside, where PEFT leaves no argument to say it."""
+        before = self._thread.declared
+        self._thread.declared = names
+        try:
+            yield
+        finally:
+            self._thread.declared = before
+
+    def held(self) -> set[str]:
+        """Returns the names of the adapters that the model's layers hold."""
+        return {name for layer in self._layers for name in layer.preft_A}
+
+    def of(self, names: Sequence[str], training: bool) -> RowAdapters:
+        """Returns the adapters of a batch, having checked their names.
+
+        Raises:
+            TypeError: names is no list or tuple of strings.
+            ValueError: an unknown name, no name at all, or a model in train mode.
+        """
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names is {names!r}: give a list with one name per prompt")
+        if not names:
+            raise ValueError(f"adapter_names is empty: give one name per prompt, {BASE_NAME!r} for the base model")
+        if training:
+            raise ValueError("adapter_names was given in train mode, and is for inference: call model.eval() first")
+        held = self.held()
+        known = held | set(self.pool.names() if self.pool is not None else ())
+        unknown = sorted(set(names) - known - {BASE_NAME})
+        if unknown:
+            raise ValueError(unknown_names(unknown, known))
+        return RowAdapters(names, self.pool, held)
+
+
+def _index(pinned: dict, name: str, bucket: Bucket) -> int:
+    slot = pinned.get(name)
+    return slot.index if slot is not None and slot.bucket == bucket else BASE
+
+
+def _segments(slots: Sequence[int], mask: Tensor | None, length: int, device: torch.device) -> Segments:
+    if mask is not None:
+        return Segments.of_mask(mask.to(device), slots)
+    spans: Iterable[Span] = (Span(slot, i * length, (i + 1) * length) for i, slot in enumerate(slots))
+    return Segments.of_spans(list(spans), len(slots) * length, device)
