@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -89,6 +90,9 @@ class SlotPool:
         self._queue: deque[object] = deque()
         self._clock = 0
         self._counters = Counters()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a slot pool cannot be copied or pickled: close it first, and make another for the copy")
 
     def add(self, name: str, config: AdapterConfig, source: Callable[[], Adapter]) -> None:
         """Makes an adapter known. It is loaded from its source, which returns it checked, when it is first used.

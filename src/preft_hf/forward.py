@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preft_core.slots import SlotPool
 from preft_hf.generation import PromptBoundary, cached_length
 from preft_hf.layer import PreftLayer
 from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
@@ -45,6 +46,7 @@ class Attachment:
         self.boundary = PromptBoundary(model, self.routing)
         self._of_forward = _ThreadState()
         self._checked_reach = False
+        self._layer_handles: list[tuple[PreftLayer, Any]] = []
         self._parameter_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._checkpointed = checkpointed_modules(model)
         self._handles = [
@@ -53,15 +55,23 @@ class Attachment:
         ]
 
     def add_layer(self, layer: PreftLayer, handle: Any = None) -> None:
-        """Takes an adapter layer into account, and the handle of its hook along, to be removed with the rest."""
+        """Takes an adapter layer into account, and the handle of its hook along, to be removed with it."""
         self.layers.append(layer)
         self._checked_reach = False
         if handle is not None:
-            self._handles.append(handle)
+            self._layer_handles.append((layer, handle))
+
+    def drop_layer(self, layer: PreftLayer) -> None:
+        """Forgets an adapter layer that was taken out of the model."""
+        self.layers[:] = [kept for kept in self.layers if kept is not layer]
+        for owner, handle in self._layer_handles:
+            if owner is layer:
+                handle.remove()
+        self._layer_handles = [pair for pair in self._layer_handles if pair[0] is not layer]
 
     def remove(self) -> None:
         """Takes the hooks and the wrapped methods off the model."""
-        for handle in self._handles:
+        for handle in (*self._handles, *(handle for _, handle in self._layer_handles)):
             handle.remove()
         self.boundary.remove()
         del self.model.__dict__[ATTRIBUTE]
@@ -116,8 +126,6 @@ class Attachment:
         """Returns the adapters of the rows: those that generate passes on, or that this forward was given itself."""
         if isinstance(given, RowAdapters):
             return given
-        if given is None and (torch.compiler.is_compiling() or self.boundary.active):
-            return None
         names = self.routing.declared if given is None else given
         if names is None:
             return None
@@ -181,6 +189,12 @@ def attachment_of(model: nn.Module) -> Attachment:
         attachment = Attachment(model)
         model.__dict__[ATTRIBUTE] = attachment
     return attachment
+
+
+def pool_of(model: nn.Module) -> SlotPool | None:
+    """Returns the slots of the model's PreftPool, if it has one."""
+    attachment = model.__dict__.get(ATTRIBUTE)
+    return None if attachment is None else attachment.routing.pool
 
 
 def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> SharedPhase:

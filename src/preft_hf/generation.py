@@ -98,7 +98,9 @@ class PromptBoundary:
         kwargs.pop("adapter_names", None)
         self._thread.generation = Generation(prompt_length, cached, outer is not None, adapters)
         try:
-            return self.original("generate")(inputs, *args, **kwargs)
+            # the names are with the generation now; compiled decode steps must not look for declared ones
+            with self.routing.declare(None):
+                return self.original("generate")(inputs, *args, **kwargs)
         finally:
             self._thread.generation = outer
             if adapters is not None and outer is None:

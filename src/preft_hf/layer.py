@@ -160,7 +160,12 @@ class PreftLinear(nn.Module, PreftLayer):
         for bucket, segments in phase.pooled.items():
             weights = self.pooled.get(bucket)
             if weights is not None:
-                add_lora_(rows_out, rows_in.to(output.dtype), weights.a, weights.b, weights.widths, segments)
+                # Under autocast, or around a quantised layer, the output may have another dtype than the slots.
+                same = rows_out.dtype == weights.a.dtype
+                target = rows_out if same else rows_out.to(weights.a.dtype)
+                add_lora_(target, rows_in.to(target.dtype), weights.a, weights.b, weights.widths, segments)
+                if not same:
+                    rows_out.copy_(target)
         return output
 
     def __repr__(self) -> str:
@@ -252,7 +257,9 @@ class PreftBlock(nn.Module, PreftLayer):
         for bucket, segments in phase.pooled.items():
             weights = self.pooled.get(bucket)
             if weights is not None and weights.bias is not None:
-                add_direft_(edited, weights.a[:, 0], weights.b, weights.bias, segments)
+                target = edited.to(weights.a.dtype)
+                add_direft_(target, weights.a[:, 0], weights.b, weights.bias, segments)
+                edited = target.to(hidden.dtype)
         return edited.view(hidden.shape)
 
     def _updates(self, hidden: Tensor, names: list[str]) -> Tensor:

@@ -10,13 +10,12 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from preft_hf.attach import block_at, linear_at, take_out
 from preft_hf.config import PreftConfig
-from preft_hf.forward import attachment_of
-from preft_hf.layer import MERGE_REFUSED, PreftBlock, PreftLayer, PreftLinear, device_of
+from preft_hf.forward import attachment_of, pool_of
+from preft_hf.layer import MERGE_REFUSED, PreftLayer, device_of
 from preft_hf.loading import check_weights, expect_weights
-from preft_hf.targets import endings, features_of, resolve
-
-BLOCK = "preft"
+from preft_hf.targets import endings, resolve
 
 
 class PreftModel(BaseTuner):
@@ -55,8 +54,11 @@ class PreftModel(BaseTuner):
         """Adds an adapter to the model, after checking that name, config and model fit. See BaseTuner."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, PreftConfig)
-        _check_model(model)
+        check_model(model)
         check_adapter_name(adapter_name, model)
+        pool = pool_of(model)
+        if pool is not None and adapter_name in pool.names():
+            raise ValueError(f"adapter name {adapter_name!r} is one of the model's PreftPool: choose another name")
         if state_dict is not None:
             raise ValueError(
                 "state_dict is not supported for PreFT adapters: pass the config alone, then load weights"
@@ -92,27 +94,14 @@ class PreftModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, PreftConfig)
-        attachment = attachment_of(self.model)
-        if peft_config.method != "lora":
-            block = target._modules.get(BLOCK)
-            if not isinstance(block, PreftBlock):
-                block = PreftBlock(self._hidden_size(), attachment.phase)
-                attachment.add_layer(block, target.register_forward_hook(block.edit_output))
-                target.add_module(BLOCK, block)
+        if peft_config.method == "lora":
+            layer = linear_at(self.model, current_key)
+            layer.add_adapter(adapter_name, peft_config)
+            layer.train(layer.base_layer.training)
+        else:
+            block = block_at(self.model, current_key)
             block.add_adapter(adapter_name, peft_config, device_of(target))
             block.train(target.training)
-            return
-        if not isinstance(target, PreftLinear):
-            features = features_of(target)
-            assert features is not None
-            target = PreftLinear(target, features, attachment.phase).train(target.training)
-            attachment.add_layer(target)
-            setattr(parent, target_name, target)
-        target.add_adapter(adapter_name, peft_config)
-        target.train(target.base_layer.training)
-
-    def _hidden_size(self) -> int:
-        return self.model.config.get_text_config().hidden_size  # pyright: ignore
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leaves the adapter in float32, or casts it to the base model's dtype if autocast_adapter_dtype is False."""
@@ -141,13 +130,9 @@ class PreftModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Returns the base model as it was: layers, hooks and generate."""
-        for parent in list(self.model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, PreftLinear):
-                    setattr(parent, name, child.base_layer)
-                elif isinstance(child, PreftBlock):
-                    delattr(parent, name)
-        attachment_of(self.model).remove()
+        if pool_of(self.model) is not None:
+            raise ValueError("unload: the model has a PreftPool in the same layers: close() the pool first")
+        take_out(self.model)
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
@@ -166,7 +151,8 @@ class PreftModel(BaseTuner):
         )
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raises a ValueError if the model is no decoder-only language model."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,22 +95,46 @@ class Routing:
     def __init__(self, layers: list[PreftLayer]):
         self._layers = layers
         self._thread = _ThreadState()
+        self._lock = threading.Lock()
+        self._num_declaring = 0
         self.pool: SlotPool | None = None
 
     @property
     def declared(self) -> list[str] | None:
         """The names that PEFT's forward or generate was given in this thread."""
-        return self._thread.declared
+        # Traced code reads a stale value of a thread's state, so it leaves the graph where any thread declares names.
+        return self._read() if self._num_declaring else None  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager
     def declare(self, names: list[str] | None) -> Iterator[None]:
         """Says the adapter of each row for the call inside, where PEFT leaves no argument to say it."""
-        before = self._thread.declared
-        self._thread.declared = names
+        if names is None and not self._num_declaring:
+            yield
+            return
+        before = self._write(names)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:
-            self._thread.declared = before
+            self._write(before)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.compiler.disable
+    def _read(self) -> list[str] | None:
+        return self._thread.declared
+
+    @torch.compiler.disable
+    def _write(self, names: list[str] | None) -> list[str] | None:
+        before, self._thread.declared = self._thread.declared, names
+        with self._lock:
+            self._num_declaring += (names is not None) - (before is not None)
+        return before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self._layers, "pool": self.pool}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # in two steps, since layers and model refer to each other
+        self.__init__(state["layers"])
+        self.pool = state["pool"]
 
     def held(self) -> set[str]:
         """Returns the names of the adapters that the model's layers hold."""

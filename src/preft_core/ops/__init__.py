@@ -9,8 +9,10 @@ one batch; Triton's kernels do it on CUDA devices, `cpu` elsewhere, and `referen
 
 import functools
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
+import torch
 from torch import Tensor, is_grad_enabled
 
 from preft_core.ops import cpu
@@ -38,7 +40,8 @@ def add_lora_(
             "b": (b_SNR, (slots, sum(widths), rank)),
         }
     )
-    _implementation(output_TN.device.type).add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
+    with _own_dtypes(output_TN.device.type):
+        _implementation(output_TN.device.type).add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
 
 
 def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor, segments: Segments) -> None:
@@ -56,7 +59,14 @@ def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor
             "bias": (bias_SR, (slots, rank)),
         }
     )
-    _implementation(hidden_TD.device.type).add_direft_(hidden_TD, a_SRD, b_SDR, bias_SR, segments)
+    with _own_dtypes(hidden_TD.device.type):
+        _implementation(hidden_TD.device.type).add_direft_(hidden_TD, a_SRD, b_SDR, bias_SR, segments)
+
+
+def _own_dtypes(device_type: str) -> AbstractContextManager[object]:
+    """Keeps autocast from changing the dtypes of some products of an op and not of others."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 @functools.cache
