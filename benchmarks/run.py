@@ -96,11 +96,11 @@ def device_name() -> str:
     return f"cpu-{torch.get_num_threads()}-threads"
 
 
-def environment() -> dict[str, str]:
+def environment(command: str = "python -m benchmarks.run") -> dict[str, str]:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "command": "python -m benchmarks.run",
+        "command": command,
         "device": cpu[0].partition(":")[2].strip() if cpu and not torch.cuda.is_available() else device_name(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
