@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class System:
-    """One way to answer. `arguments` of generate choose the rows' adapters; `adapters_in_decode`: they act there too."""
+    """One way to answer. `arguments` of generate choose the rows' adapters; `adapters_in_decode`: also there."""
 
     name: str
     model: Any

@@ -56,3 +56,11 @@ def unknown_names(unknown: Sequence[str], known: Iterable[str]) -> str:
         f"adapter {', '.join(map(repr, unknown))} is not known; known are {', '.join(names[:20]) or 'none'}{more}, "
         f"and {BASE_NAME!r} for no adapter"
     )
+
+
+def too_many(needed: int, bucket: Bucket, num_slots: int) -> str:
+    """Returns the message for more adapters at once than there are slots."""
+    return (
+        f"{needed} adapters of {bucket} at once, and the pool has {num_slots} slots for them: use fewer adapters in "
+        "one batch, or make the pool with more slots"
+    )

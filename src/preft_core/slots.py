@@ -16,7 +16,7 @@ from torch import Tensor
 from preft_core.adapter import Adapter
 from preft_core.config import AdapterConfig
 from preft_core.layout import Bucket, Site, Weights, bucket_of
-from preft_core.lease import BASE_NAME, Lease, Slot, unknown_names
+from preft_core.lease import BASE_NAME, Lease, Slot, too_many, unknown_names
 from preft_core.slab import Entry, HostCopies, Slab
 
 __all__ = ["BASE_NAME", "Counters", "Lease", "Slot", "SlotPool", "unknown_names"]
@@ -49,7 +49,7 @@ class SlotPool:
     All memory of the slots is allocated here. Adding or evicting an adapter copies into a slot; no address changes, so
     CUDA graphs and compiled code that read a slot stay valid. Threads may share a pool. Requests that have to wait for
     slots are served in their order, so a large one is not passed over for ever. A thread that holds a lease should not
-    ask for another without a timeout: two that do may wait for each other.
+    ask for another without a timeout: two may wait for each other.
 
     Args:
         sites: the places in the model where adapters may act
@@ -107,8 +107,7 @@ class SlotPool:
             if bucket not in self._slabs:
                 have = ", ".join(f"{count} of {other}" for other, count in self.buckets.items()) or "none"
                 raise ValueError(
-                    f"adapter {name!r} needs a slot of {bucket} and the pool has {have}: make the pool with slots for "
-                    "it"
+                    f"adapter {name!r} needs a slot of {bucket}, the pool has {have}: make the pool with slots for it"
                 )
             self._entries[name] = Entry(name, bucket, source, config.fingerprint)
 
@@ -184,6 +183,11 @@ class SlotPool:
         with self._changed:
             return sorted(self._entries)
 
+    def bucket(self, name: str) -> Bucket:
+        """Returns a known adapter's bucket. Raises ValueError for another name."""
+        with self._changed:
+            return self._known([name])[0].bucket
+
     def resident(self) -> dict[str, int]:
         """Returns the known adapters that are in a slot, with the number of their pins."""
         with self._changed:
@@ -208,10 +212,7 @@ class SlotPool:
             for bucket, slab in self._slabs.items():
                 needed = sum(entry.bucket == bucket for entry in entries)
                 if needed > len(slab.owners):
-                    raise ValueError(
-                        f"{needed} adapters of {bucket} at once, and the pool has {len(slab.owners)} slots for them: "
-                        "use fewer adapters in one batch, or make the pool with more slots"
-                    )
+                    raise ValueError(too_many(needed, bucket, len(slab.owners)))
             if self._queue[0] is ticket and self._suffice(entries):
                 return entries
             self._counters.waits += not waited

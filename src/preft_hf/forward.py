@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from preft_core.slots import SlotPool
+from preft_hf.continuous import PackedAdapters
 from preft_hf.generation import PromptBoundary, cached_length
 from preft_hf.layer import PreftLayer
 from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
@@ -21,7 +22,7 @@ ATTRIBUTE = "_preft_attachment"
 
 class _ThreadState(threading.local):
     def __init__(self) -> None:
-        self.adapters: RowAdapters | None = None
+        self.adapters: RowAdapters | PackedAdapters | None = None
 
     def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
         return _ThreadState, ()
@@ -122,9 +123,12 @@ class Attachment:
     def _has_live_adapter(self) -> bool:
         return any(layer.is_live() for layer in self.layers)
 
-    def _row_adapters(self, module: nn.Module, given: Any) -> RowAdapters | None:
+    def _row_adapters(self, module: nn.Module, given: Any) -> RowAdapters | PackedAdapters | None:
         """Returns the adapters of the rows: those that generate passes on, or that this forward was given itself."""
         if isinstance(given, RowAdapters):
+            return given
+        if isinstance(given, PackedAdapters):
+            self._of_forward.adapters = given
             return given
         names = self.routing.declared if given is None else given
         if names is None:
@@ -138,7 +142,7 @@ class Attachment:
         module: nn.Module,
         values: Mapping[str, Any],
         mask: Tensor | bool | None,
-        adapters: RowAdapters | None,
+        adapters: RowAdapters | PackedAdapters | None,
     ) -> Phase:
         """Returns the phase, of each row's own adapter if they were named."""
         tokens = values.get("input_ids")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from preft_core.tokens import prefill_span
+from preft_hf.continuous import ContinuousBatching
 from preft_hf.phase import declared_phase
 from preft_hf.routing import Routing, RowAdapters
 
-CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 @dataclass
@@ -57,8 +58,10 @@ class PromptBoundary:
         if hasattr(model, "generate"):
             self._replace("generate", Replacement(self, "generate"))
             self._replace("prepare_inputs_for_generation", Replacement(self, "prepare_inputs_for_generation"))
+        if hasattr(model, "generate_batch"):
+            batching = ContinuousBatching(model, routing, self.original)
             for name in CONTINUOUS_BATCHING:
-                self._replace(name, refuse_continuous_batching)
+                self._replace(name, getattr(batching, name))
 
     def _replace(self, name: str, replacement: Callable[..., Any]) -> None:
         if name in self.model.__dict__:
@@ -90,6 +93,11 @@ class PromptBoundary:
             raise ValueError(
                 "generate was called inside preft_phase: generate itself tells prompt tokens from generated ones; "
                 "call it outside, and keep preft_phase for forwards of your own"
+            )
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError(
+                'cache_implementation="paged" packs the prompts of this call for continuous batching: call '
+                "generate_batch, which takes adapter_names"
             )
         outer = self._thread.generation
         cached = cached_length(kwargs.get("past_key_values")) or 0
@@ -202,11 +210,3 @@ def _first_position(model_inputs: Mapping[str, Any], generation: Generation) -> 
         return generation.num_seen
     length = cached_length(cache)
     return generation.num_seen if length is None else length
-
-
-def refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
-    """Stands in for the entry points of continuous batching, which pack prompt and generated tokens in one row."""
-    raise NotImplementedError(
-        "continuous batching (generate_batch) does not tell a PreFT model which tokens of its packed rows are prompt "
-        "tokens, so the adapter would act on generated ones: use generate, or disable_adapter() for the base model"
-    )

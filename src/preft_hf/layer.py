@@ -49,15 +49,23 @@ class PreftLayer(BaseTunerLayer):
 
     def is_live(self) -> bool:
         """True if an active adapter is here and not disabled."""
-        return not self._disable_adapters and any(name in self.preft_A for name in self.active_adapters)
+        return bool(self.live_adapters())
+
+    def live_adapters(self) -> list[str]:
+        """Returns the active adapters that are here and not disabled."""
+        return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.preft_A]
+
+    def state_of(self, adapter_name: str) -> tuple[object, ...]:
+        """Returns what changes when the adapter's weights here do, by PyTorch's own count of changes."""
+        found = [getattr(self, leaf) for leaf in self.adapter_layer_names]
+        tensors = [parameters[adapter_name] for parameters in found if adapter_name in parameters]
+        return self.scaling.get(adapter_name), *((id(t), t.data_ptr(), t._version) for t in tensors)
 
     def _active_here(self) -> list[str]:
         """Returns the names of the adapters that act on this layer's prefill tokens."""
-        if self._disable_adapters:
-            return []
-        if self.phase.reached is not None:
+        if self.phase.reached is not None and not self._disable_adapters:
             self.phase.reached.add(id(self))
-        return [name for name in self.active_adapters if name in self.preft_A]
+        return self.live_adapters()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(MERGE_REFUSED)

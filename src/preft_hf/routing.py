@@ -1,15 +1,17 @@
 """One adapter per row: names given with a batch, followed through its generation to the rows of each forward."""
 
+import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from preft_core.layout import Bucket
-from preft_core.slots import BASE_NAME, Lease, SlotPool, unknown_names
+from preft_core.slots import BASE_NAME, Lease, Slot, SlotPool, unknown_names
 from preft_core.tokens import BASE, Segments, Span
 from preft_hf.layer import PreftLayer
 from preft_hf.phase import Phase, RoutedRows, SharedPhase
@@ -21,6 +23,34 @@ class _ThreadState(threading.local):
 
     def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
         return _ThreadState, ()
+
+
+@dataclass(frozen=True)
+class RoutedSpan:
+    """Consecutive prefill tokens of a packed forward, begin <= token < end, and the name of their adapter."""
+
+    name: str
+    begin: int
+    end: int
+
+
+def routed_rows(
+    spans: Sequence[RoutedSpan], pinned: Mapping[str, Slot], shape: tuple[int, int], device: torch.device
+) -> RoutedRows:
+    """Returns the phase of a packed forward of (1, length) tokens. Those not pinned are the layers' own."""
+
+    def segments(numbers: Mapping[str, int], device: torch.device | str) -> Segments:
+        found = [Span(numbers.get(span.name, BASE), span.begin, span.end) for span in spans]
+        return Segments.of_spans(found, shape[0] * shape[1], device)
+
+    held = sorted({span.name for span in spans} - set(pinned))
+    groups = segments({name: i for i, name in enumerate(held)}, "cpu").groups
+    rows = {held[g.slot]: g.rows if isinstance(g.rows, slice) else g.rows.to(device) for g in groups}
+    pooled = {
+        bucket: segments({slot.name: slot.index for slot in pinned.values() if slot.bucket == bucket}, device)
+        for bucket in sorted({slot.bucket for slot in pinned.values()})
+    }
+    return RoutedRows(shape, rows, pooled)
 
 
 class RowAdapters:
@@ -159,6 +189,46 @@ class Routing:
         if unknown:
             raise ValueError(unknown_names(unknown, known))
         return RowAdapters(names, self.pool, held)
+
+    def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
+        """Returns the adapter of each request, having checked the names; by default the model's active adapter.
+
+        Raises:
+            TypeError, ValueError: as in `of`; not as many names as requests; no names where several are active.
+        """
+        if names is not None:
+            self.of(names, training)
+            if len(names) != num_requests:
+                raise ValueError(
+                    f"adapter_names has {len(names)} names for {num_requests} prompts: give one per prompt"
+                )
+            return list(names)
+        active = {name for layer in self._layers for name in layer.live_adapters()}
+        if len(active) > 1:
+            raise ValueError(
+                f"adapters {', '.join(sorted(active))} are active at once: continuous batching takes one adapter per "
+                "request; name it with adapter_names, or choose one with set_adapter"
+            )
+        return [*(active or {BASE_NAME})] * num_requests
+
+    def adapter_key(self, name: str) -> bytes:
+        """Returns what the KV of an adapter's prompts is known by, 16 bytes; another one once its weights change.
+
+        A weight written through `.data` or NumPy does not show in the key of an adapter that the layers hold.
+        """
+        if name not in self.held():
+            assert self.pool is not None
+            with self.pool.acquire([name]) as lease:
+                return pool_key(lease.slots[name])
+        digest = hashlib.blake2b(name.encode(), digest_size=16)
+        for layer in self._layers:
+            digest.update(repr(layer.state_of(name)).encode())
+        return digest.digest()
+
+
+def pool_key(slot: Slot) -> bytes:
+    """Returns what the KV of the prompts of a pool's adapter is known by, 16 bytes."""
+    return hashlib.blake2b(f"pool {slot.fingerprint}".encode(), digest_size=16).digest()
 
 
 def _index(pinned: dict, name: str, bucket: Bucket) -> int:

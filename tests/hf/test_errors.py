@@ -189,16 +189,6 @@ def test_preft_phase_around_generate_or_labels_is_refused():
             model(input_ids=ids, labels=ids)
 
 
-def test_continuous_batching_is_refused():
-    model = make_preft(make_base())
-    with pytest.raises(NotImplementedError, match=r"continuous batching.*use generate"):
-        model.generate_batch([[1, 2, 3]])
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        model.generate(input_ids=prompt(), cache_implementation="paged", max_new_tokens=2)
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        model.get_base_model().init_continuous_batching()
-
-
 def test_a_decoding_loop_that_skips_prepare_inputs_is_refused():
     def loop(model, input_ids, **kwargs):
         return model(input_ids=input_ids).logits.argmax(-1)
