@@ -6,19 +6,82 @@ from pathlib import Path
 from benchmarks.run import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+PAGE = README.parent / "docs" / "serving.md"
+SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
+NAMES = {"base": "base model", "peft-lora": "PEFT LoRA", "lora-p": "LoRA-P", "direft-p": "DiReFT-P"}
 START, END = "<!-- results -->\n", "<!-- /results -->"
 
 
 def main() -> None:
     before, _, rest = README.read_text().partition(START)
     after = rest.partition(END)[2]
-    README.write_text(before + START + "".join(section(file) for file in sorted(RESULTS.glob("*.json"))) + END + after)
+    many, single = sorted(RESULTS.glob("many-adapters-*.json")), sorted(RESULTS.glob("cpu-*.json"))
+    sections = [many_section(file) for file in many] + [section(file) for file in single]
+    README.write_text(before + START + "\n".join(sections) + END + after)
+    write_page(many)
+
+
+def write_page(files: list[Path]) -> None:
+    before, _, rest = PAGE.read_text().partition(START)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + START + "\n".join(all_figures(file) for file in files) + END + after)
+
+
+def many_section(file: Path) -> str:
+    """Returns the decode rates and the whole times of a batch with an adapter per row, as a Markdown table."""
+    report = json.loads(file.read_text())
+    lines = [
+        "| adapters, prompt + answer | base, tokens/s | PEFT LoRA | LoRA-P | DiReFT-P | whole time, PEFT / LoRA-P |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in report["cases"]:
+        rates = {name: figures["decode_tokens_per_s"] for name, figures in case["systems"].items()}
+        whole = {name: figures["end_to_end_s"]["ratio"] for name, figures in case["systems"].items()}
+        cells = [f"{rates[name]['median']:.0f} ({rates[name]['ratio']:.2f})" for name in SYSTEMS[1:]]
+        lines.append(
+            f"| {case['adapters']}, {case['prompt']} + {case['decode']} | {rates['base']['median']:.0f} | "
+            + " | ".join(cells)
+            + f" | {whole['peft-lora'] / whole['lora-p']:.1f} |"
+        )
+    return "\n".join([*lines, "", source(report, f"rank {report['rank']} on all linear layers, medians")]) + "\n"
+
+
+def all_figures(file: Path) -> str:
+    """Returns every figure of a study of many adapters as a Markdown table."""
+    report = json.loads(file.read_text())
+    lines = [
+        "| adapters, tokens | | prefill, s | first token, s | decode, tokens/s | end to end, s | peak, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in report["cases"]:
+        for name, figures in case["systems"].items():
+            cells = []
+            for figure in ("prefill_s", "time_to_first_token_s", "decode_tokens_per_s", "end_to_end_s"):
+                low, high = figures[figure]["ratio_quartiles"]
+                ratio = "" if name == "base" else f" ({figures[figure]['ratio']:.2f}: {low:.2f} to {high:.2f})"
+                cells.append(f"{figures[figure]['median']:.3g}{ratio}")
+            cells.append(f"{figures['peak_bytes'] / 1e9:.2f}")
+            first = f"{case['adapters']}, {case['prompt']} + {case['decode']}" if name == "base" else ""
+            lines.append(f"| {first} | {NAMES[name]} | " + " | ".join(cells) + " |")
+    repeats = sorted({case["repeats"] for case in report["cases"]})
+    said = (
+        f"rank {report['rank']} on all linear layers; median of {' or '.join(map(str, repeats))} turns, ratio to base "
+    )
+    return "\n".join([*lines, "", source(report, said + "within a turn: median and quartiles")]) + "\n"
+
+
+def source(report: dict, said: str) -> str:
+    """Returns device, versions and command of a report."""
+    made = report["environment"]
+    return (
+        f"{report['model']}, {said}; {made['device']}, {made['threads']} threads; torch {made['torch']}, transformers "
+        f"{made['transformers']}, peft {made['peft']}. Command: `{made['command']}`."
+    )
 
 
 def section(file: Path) -> str:
     """Returns a results file as a Markdown table with device, versions and command."""
     report = json.loads(file.read_text())
-    made = report["environment"]
     lines = ["| | base, ms | with adapter, ms | ratio | quartiles |", "|---|---|---|---|---|"]
     for result in report["results"]:
         case, (low, high) = result["case"], result["ratio_quartiles"]
@@ -29,10 +92,7 @@ def section(file: Path) -> str:
             f"| {method} r={case['rank']}, {name} | {times} | {result['ratio']:.3f} | {low:.3f} to {high:.3f} |"
         )
     lines.append("")
-    lines.append(
-        f"{report['model']}; {made['device']}, {made['threads']} threads; torch {made['torch']}, transformers "
-        f"{made['transformers']}, peft {made['peft']}. Command: `{made['command']}`."
-    )
+    lines.append(source(report, "median of pairs"))
     return "\n".join(lines) + "\n"
 
 

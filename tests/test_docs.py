@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from preft_core.adapter import load_adapter
 
@@ -40,6 +41,20 @@ def test_the_training_example():
     exec(code, {"base": make_base(), "ids": ids, "labels": ids.masked_fill(torch.arange(9) < 4, -100)})
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_serving_examples(tmp_path):
+    model = make_base()
+    for seed, (name, method) in enumerate({"acme": "lora", "tax": "direft"}.items()):
+        make_preft(make_base(), method, seed=seed).save_pretrained(tmp_path / name)
+    first, second = python_blocks("docs/serving.md")
+    scope = {"model": model, "acme": tmp_path / "acme", "tax": tmp_path / "tax", "prompts": {"input_ids": prompt(3)}}
+    exec(first.replace("pool.close()", ""), scope)
+    assert scope["answers"].shape == (3, 9 + 16)  # type: ignore[attr-defined]
+    scope["generation_config"] = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    exec(second, scope)
+    assert [len(tokens) for tokens in scope["tokens"]] == [4, 4]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fingerprint_of_the_docs(tmp_path, method):
     make_preft(make_base(), method).save_pretrained(tmp_path)
@@ -60,8 +75,14 @@ def test_links_point_at_files():
 
 
 def test_the_readmes_figures_are_the_committed_ones():
-    from benchmarks.readme import END, RESULTS, START, section
+    from benchmarks import readme
 
-    shown = (ROOT / "README.md").read_text().partition(START)[2].partition(END)[0]
-    assert shown == "".join(section(file) for file in sorted(RESULTS.glob("*.json")))
-    assert shown
+    many, single = sorted(readme.RESULTS.glob("many-adapters-*.json")), sorted(readme.RESULTS.glob("cpu-*.json"))
+    right = {
+        "README.md": [readme.many_section(file) for file in many] + [readme.section(file) for file in single],
+        "docs/serving.md": [readme.all_figures(file) for file in many],
+    }
+    for name, sections in right.items():
+        shown = (ROOT / name).read_text().partition(readme.START)[2].partition(readme.END)[0]
+        assert shown == "\n".join(sections)
+        assert shown

@@ -16,6 +16,7 @@ HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dr
     preft train --model ID --data rows.jsonl --output my-adapter
     preft generate --adapter my-adapter --prompt "Tumbes, PE, 96946"
     preft inspect my-adapter
+    preft plan --model llama-3.1-8b --adapters 512
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C. PREFT_DEBUG=1 shows tracebacks.
 """
@@ -153,6 +154,52 @@ def inspect(
         print(format.dumps(facts, indent=1))
     else:
         show_facts(facts, Console())
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Known shape, folder with a config.json, or Hub id.")] = "llama-3.1-8b",
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100-80gb, a100-40gb, l40s, a10g, l4, or any name.")] = "h100",
+    method: Annotated[str, typer.Option(help="lora, direft or both.")] = "both",
+    rank: Annotated[int, typer.Option(help="Rank of the adapters, 1 to 128.")] = 16,
+    linears: Annotated[str, typer.Option(help="all-linear, attention, mlp or qv; for LoRA-P.")] = "all-linear",
+    adapters: Annotated[int, typer.Option(help="Adapters in use.")] = 512,
+    requests: Annotated[int, typer.Option(help="Requests that run at once.")] = 512,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
+    output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
+    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens of one forward.")] = 8192,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
+    element_bytes: Annotated[int, typer.Option(min=1, max=4, help="Bytes of a weight.")] = 2,
+    fused: Annotated[bool, typer.Option("--fused", help="No activation traffic of its own.")] = False,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s, in place of the GPU's.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s, in place of the GPU's.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB, in place of the GPU's.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratio over the adapters into this PNG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict what serving many adapters costs: throughput against all-token LoRA, memory, how many adapters fit."""
+    from preft_cli import planning
+    from preft_core.planner import METHODS, Planner, Workload
+    from preft_core.planner import Method as Method_
+
+    if method not in (*METHODS, "both"):
+        raise ValueError(f"--method is {method!r}: lora, direft or both")
+    shape, device = planning.shape_of(model), planning.device_of(gpu, bandwidth, tflops, memory)
+    planners: dict[Method_, Planner] = {
+        known: Planner(shape, device, known, rank, linears, tensor_parallel, element_bytes, fused)
+        for known in METHODS
+        if method in (known, "both")
+    }
+    work = Workload(adapters, requests, prompt, output, prefill_tokens)
+    found = planning.plan(planners, work)
+    if plot is not None:
+        planning.plot(next(iter(planners.values())), work, plot)
+    if json:
+        import json as format
+
+        print(format.dumps(found, indent=1))
+    else:
+        planning.show(found, Console())
 
 
 def _quiet() -> None:
