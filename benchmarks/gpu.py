@@ -1,8 +1,8 @@
 """Prefill-only adapters against all-token LoRA on a GPU: `python -m benchmarks.gpu [--smoke]`.
 
 Random weights in the shapes of real models. Prompts are prefilled in forwards of 8192 tokens; a decode step is one
-CUDA graph. All-token LoRA runs the same kernels, in prefill and inside the graph, so that only their place differs. A case
-whose slots, weights and cache do not fit the memory is listed as left out.
+CUDA graph. All-token LoRA runs the same kernels, in prefill and inside the graph: only their place differs. A case whose
+slots, weights and cache do not fit the memory is listed as left out.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def check_op(run: Callable[[], None], output: Tensor, x: Tensor, weights: Any, s
         RuntimeError: a wrong result; it is not timed.
     """
     before = output.clone()
-    right = output.float()
+    right = output.to(torch.float32, copy=True)
     if weights.bias is None:
         wide = (x.float(), weights.a.float(), weights.b.float())
         reference.add_lora_(right, *wide, weights.widths, segments)

@@ -1,12 +1,12 @@
-"""The benchmarks themselves: they run in small, refuse wrong results, and the planner is held against what they measured."""
+"""The benchmarks: they run in small and refuse wrong results, and the planner is held against what they measured."""
 
 import json
 
 import pytest
 import torch
-
 from benchmarks import gpu, plan_check
 from benchmarks.gpu_model import Adapters, Decoder
+
 from preft_core.tokens import Segments
 
 RESULTS = sorted(plan_check.RESULTS.glob("many-adapters-*.json"))
@@ -53,7 +53,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_the_planner_against_what_was_measured(file):
-    """Prefill and decode of PreFT within a fifth of what it says; PEFT may be slower than bytes explain, not faster."""
+    """Prefill and decode of PreFT within a fifth of what it says; PEFT may be slower than bytes say, not faster."""
     for row in plan_check.compare(json.loads(file.read_text())):
         for figure in ("prefill", "decode"):
             predicted, measured = row[figure]
