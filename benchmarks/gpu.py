@@ -1,7 +1,7 @@
 """Prefill-only adapters against all-token LoRA on a GPU: `python -m benchmarks.gpu [--smoke]`.
 
-Random weights in the shapes of real models. Prompts are prefilled in forwards of 8192 tokens; a decode step is one
-CUDA graph. All-token LoRA runs the same kernels, in prefill and inside the graph: only their place differs. A case whose
+Random weights in the shapes of real models. Prompts are prefilled in forwards of 8192 tokens; a decode step is a CUDA
+graph. All-token LoRA runs the same kernels, in prefill and inside the graph: only their place differs. A case whose
 slots, weights and cache do not fit the memory is listed as left out.
 """
 
