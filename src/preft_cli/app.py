@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from preft_cli import hub
+
 HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
 
 \b
@@ -16,6 +18,8 @@ HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dr
     preft train --model ID --data rows.jsonl --output my-adapter
     preft generate --adapter my-adapter --prompt "Tumbes, PE, 96946"
     preft inspect my-adapter
+    preft push my-adapter --to org/name
+    preft pull preft.toml
     preft plan --model llama-3.1-8b --adapters 512
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C. PREFT_DEBUG=1 shows tracebacks.
@@ -141,13 +145,18 @@ def generate(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of a saved adapter, or org/name[@revision] on the Hub.")],
+    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the Hub.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check a saved adapter and say what it is: method, layers, size, norms, base model, fingerprint."""
-    from preft_cli.inspection import facts_of, show_facts
+    """Check an adapter and say what it is: method, layers, size, norms, base model, fingerprint.
 
-    facts = facts_of(adapter)
+    Of an adapter on the Hub only the config and the header of the weights are read; nothing else is downloaded.
+    """
+    from preft_cli.inspection import facts_of, remote_facts_of, show_facts
+    from preft_core.source import hub_id
+
+    facts = facts_of(adapter) if hub_id(adapter) is None else remote_facts_of(adapter, token)
     if json:
         import json as format
 
@@ -200,6 +209,10 @@ def plan(
         print(format.dumps(found, indent=1))
     else:
         planning.show(found, Console())
+
+
+for command in (hub.push, hub.pull, hub.verify, hub.convert, hub.export):
+    app.command()(command)
 
 
 def _quiet() -> None:

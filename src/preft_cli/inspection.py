@@ -1,5 +1,6 @@
 """What `preft inspect` says of a saved adapter, read and checked by preft_core alone."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from preft_core.adapter import Adapter, load_adapter
+from preft_core.adapter import WEIGHTS_NAME, Adapter, AdapterConfig, check_header, load_adapter
+from preft_core.header import TensorInfo, read_header
 from preft_core.ops import orthonormal_rows
+from preft_core.source import find_adapter
 
 NUM_SHOWN = 12
 
@@ -23,24 +26,41 @@ def facts_of(directory: str | Path) -> dict[str, Any]:
         AdapterError: the adapter is not what the format allows.
     """
     adapter = load_adapter(directory)
-    config = adapter.config
+    header = read_header(Path(directory) / WEIGHTS_NAME)
+    norms = {path: _norm(adapter, leaves) for path, leaves in sorted(adapter.modules().items())}
+    return _facts(adapter.config, header) | {"fingerprint": adapter.fingerprint, "norms": norms}
+
+
+def remote_facts_of(location: str, token: str | None = None) -> dict[str, Any]:
+    """Returns the facts of an adapter on the Hub from its config and its weights' header, without its weights.
+
+    The fingerprint is what its config says, not checked, and there are no norms.
+
+    Raises:
+        AdapterError: it cannot be had, or is not what the format allows.
+    """
+    source = find_adapter(location, token=token)
+    header = source.header()
+    check_header(source.config, header)
+    return {"location": source.location} | _facts(source.config, header) | {"fingerprint": source.config.fingerprint}
+
+
+def _facts(config: AdapterConfig, header: dict[str, TensorInfo]) -> dict[str, Any]:
     return {
         "method": config.method,
         "rank": config.r,
         "scaling": config.scaling,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
-        "num_modules": len(adapter.modules()),
-        "num_parameters": adapter.num_parameters,
-        "num_bytes": adapter.num_bytes,
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors.values()}),
+        "num_modules": len({name.rpartition(".")[0] for name in header}),
+        "num_parameters": sum(prod(info.shape) for info in header.values()),
+        "num_bytes": sum(info.end - info.begin for info in header.values()),
+        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in header.values()}),
         "target_modules": config.target_modules,
         "layers_to_transform": config.layers_to_transform,
         "base_model": config.base_model_name_or_path,
         "base_model_revision": config.revision,
         "format_version": config.format_version,
-        "fingerprint": adapter.fingerprint,
-        "norms": {path: _norm(adapter, leaves) for path, leaves in sorted(adapter.modules().items())},
     }
 
 
@@ -52,6 +72,8 @@ def show_facts(facts: dict[str, Any], console: Console) -> None:
             shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             table.add_row(name.replace("_", " "), f"{shown:,}" if type(shown) is int else str(shown))
     console.print(table)
+    if "norms" not in facts:
+        return
     norms = sorted(facts["norms"].items(), key=lambda item: -item[1])
     modules = Table(
         "module", "norm of the update", title=f"Largest updates, {min(NUM_SHOWN, len(norms))} of {len(norms)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -204,7 +205,10 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
         )
     config = read_config(directory)
     check_header(config, read_header(weights))
-    tensors = load_file(weights)
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise AdapterError(f"{weights} cannot be read: {error}; download it again") from error
     if check_values:
         _check_values(config, tensors)
     actual = fingerprint(config, tensors)

@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from preft_core.pattern import is_tame
+
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -203,7 +205,7 @@ def _is_pattern(value: str) -> bool:
         re.compile(value)
     except (re.error, RecursionError, OverflowError):
         return False
-    return True
+    return is_tame(value)
 
 
 def _is_indices(value: object) -> bool:
@@ -215,7 +217,7 @@ def _is_fingerprint(value: object) -> bool:
     return value is None or (isinstance(value, str) and re.fullmatch("sha256:[0-9a-f]{64}", value) is not None)
 
 
-_NAMES = "a non-empty list of names, a regular expression, or null"
+_NAMES = "a non-empty list of names, a regular expression without repeats inside repeats, or null"
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "method": ("lora, direft or loreft", lambda v: isinstance(v, str) and v in METHODS),
     "r": (f"an integer from 1 to {MAX_RANK}", lambda v: _is_int(v) and 1 <= v <= MAX_RANK),

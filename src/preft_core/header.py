@@ -9,7 +9,10 @@ import torch
 
 from preft_core.config import AdapterError, parse_json
 
+HEADER_START_BYTES = 8
 MAX_HEADER_BYTES = 64 << 20
+MAX_FILE_BYTES = 16 << 30
+MAX_TENSORS = 1 << 17
 MAX_FAULTS = 20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -37,26 +40,52 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     try:
         size = file.stat().st_size
         with file.open("rb") as reader:
-            start = reader.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
-                raise AdapterError(
-                    f"{file} has {size} bytes and says that {length} of them are its header (at most "
-                    f"{MAX_HEADER_BYTES}): it is truncated, or not a safetensors file; download it again"
-                )
-            header = parse_json(reader.read(length), f"the header of {file}")
+            length = header_length(reader.read(HEADER_START_BYTES), size, str(file))
+            text = reader.read(length)
     except OSError as error:
         raise AdapterError(
             f"{file} cannot be read: {error.strerror}; give the directory of a saved adapter"
         ) from error
+    return parse_header(text, size, str(file))
+
+
+def header_length(start: bytes, size: int, name: str) -> int:
+    """Returns the length of the header that the file's first 8 bytes give, having held it against the file's size.
+
+    Raises:
+        AdapterError: the file is too large, truncated, or of another kind.
+    """
+    length = struct.unpack("<Q", start)[0] if len(start) == HEADER_START_BYTES else -1
+    if size > MAX_FILE_BYTES:
+        raise AdapterError(f"{name} has {size} bytes: at most {MAX_FILE_BYTES} are read")
+    if not 0 < length <= min(MAX_HEADER_BYTES, size - HEADER_START_BYTES):
+        raise AdapterError(
+            f"{name} has {size} bytes and says that {length} of them are its header (at most {MAX_HEADER_BYTES}): it "
+            "is truncated, or not a safetensors file; download it again"
+        )
+    return length
+
+
+def parse_header(text: bytes, size: int, name: str) -> dict[str, TensorInfo]:
+    """Returns the tensors of a header, given the size of the whole file.
+
+    Raises:
+        AdapterError: as in read_header.
+    """
+    header = parse_json(text, f"the header of {name}")
     if not isinstance(header, dict):
-        raise AdapterError(f"the header of {file} is no JSON object")
+        raise AdapterError(f"the header of {name} is no JSON object")
+    if len(header) > MAX_TENSORS:
+        raise AdapterError(f"{name} has {len(header)} tensors: at most {MAX_TENSORS} are read")
     faults: list[str] = []
-    found = {name: _info(name, value, faults) for name, value in header.items() if name != "__metadata__"}
-    tensors = {name: info for name, info in found.items() if info is not None}
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        faults.append("__metadata__ is no table of texts")
+    found = {tensor: _info(tensor, value, faults) for tensor, value in header.items() if tensor != "__metadata__"}
+    tensors = {tensor: info for tensor, info in found.items() if info is not None}
     if not faults:
-        _check_layout(tensors, size - 8 - length, faults)
-    raise_faults(str(file), faults)
+        _check_layout(tensors, size - HEADER_START_BYTES - len(text), faults)
+    raise_faults(name, faults)
     return tensors
 
 

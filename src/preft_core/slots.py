@@ -107,7 +107,7 @@ class SlotPool:
             if bucket not in self._slabs:
                 have = ", ".join(f"{count} of {other}" for other, count in self.buckets.items()) or "none"
                 raise ValueError(
-                    f"adapter {name!r} needs a slot of {bucket}, the pool has {have}: make the pool with slots for it"
+                    f"adapter {name!r} needs a slot of {bucket} and the pool has {have}: make it with slots for it"
                 )
             self._entries[name] = Entry(name, bucket, source, config.fingerprint)
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from preft_core.adapter import Adapter, AdapterConfig, AdapterError, check_shapes
 from preft_core.layout import Bucket, Site, bucket_of
+from preft_core.manifest import read_manifest
 from preft_core.slots import Counters, SlotPool
+from preft_core.source import AdapterSource, find_adapter
 from preft_hf.attach import block_at, linear_at, take_out
 from preft_hf.config import PreftConfig
 from preft_hf.forward import ATTRIBUTE, attachment_of
 from preft_hf.layer import PreftLayer, device_of
 from preft_hf.model import check_model
-from preft_hf.source import AdapterSource, find_adapter
 from preft_hf.targets import features_of, resolve
 
 
@@ -83,7 +84,7 @@ class PreftPool:
     def from_pretrained(
         cls,
         model: nn.Module,
-        adapters: Mapping[str, str | os.PathLike[str]],
+        adapters: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
         *,
         num_slots: int | Mapping[Bucket, int] = 64,
         max_host_bytes: int = 4 << 30,
@@ -97,7 +98,8 @@ class PreftPool:
 
         Args:
             model: as in PreftPool
-            adapters: name -> directory, "org/name" or "org/name@revision" on the Hub, pinned to the commit found now
+            adapters: name -> directory, "org/name" or "org/name@revision" on the Hub, pinned to the commit found now;
+                or the path of a manifest that holds them, preft.toml
             num_slots, max_host_bytes, dtype: as in PreftPool
             reserve: configs of adapters that will be added later, where their rank, method or target modules differ
             token, cache_dir, local_files_only: as in huggingface_hub
@@ -106,6 +108,7 @@ class PreftPool:
             ValueError: as in PreftPool.
         """
         options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        adapters = adapters if isinstance(adapters, Mapping) else read_manifest(os.fspath(adapters))
         found: dict[str, AdapterSource] = {}
         for name, location in adapters.items():
             try:

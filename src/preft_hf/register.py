@@ -1,6 +1,7 @@
 """The only file that touches PEFT's tables and classes. `register` runs at import of preft_hf and is idempotent."""
 
 import functools
+import inspect
 import json
 import shutil
 import tempfile
@@ -12,23 +13,10 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
+from preft_hf.card import CARD_NAME, model_card
 from preft_hf.config import PreftConfig, PreftType
+from preft_hf.hub import push_model
 from preft_hf.model import PreftModel
-
-MODEL_CARD = "README.md"
-MODEL_CARD_USAGE = """
-## Use
-
-This is a prefill-only (PreFT) adapter: it acts on prompt tokens and is dropped for decoding. It needs
-`pip install preft-hf`, and the import that makes PEFT know its type:
-
-```python
-import preft_hf
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("this repository")
-```
-"""
 
 
 def register() -> None:
@@ -39,6 +27,26 @@ def register() -> None:
     save = PeftModel.save_pretrained
     if getattr(save, "__preft_original__", None) is None:
         PeftModel.save_pretrained = _save_in_one_step(save)  # type: ignore[method-assign]
+    push = PeftModel.push_to_hub
+    if getattr(push, "__preft_original__", None) is None:
+        PeftModel.push_to_hub = _push_in_one_commit(push)  # type: ignore[method-assign]
+
+
+def _push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' push writes a card that names no base model over the one that was saved."""
+
+    @functools.wraps(push)
+    def push_to_hub(self: PeftModel, repo_id: str, **kwargs: Any) -> Any:
+        active = [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+        if not any(isinstance(self.peft_config.get(name), PreftConfig) for name in active):
+            return push(self, repo_id, **kwargs)
+        unknown = sorted(set(kwargs) - set(inspect.signature(push_model).parameters))
+        if unknown:
+            raise TypeError(f"push_to_hub of a PreFT adapter takes no {', '.join(unknown)}: leave it out")
+        return push_model(self, repo_id, **kwargs)
+
+    push_to_hub.__preft_original__ = push  # type: ignore[attr-defined]
+    return push_to_hub
 
 
 def _save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
@@ -71,8 +79,6 @@ def _save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".preft-save-", dir=directory))
         try:
-            if (directory / MODEL_CARD).exists():
-                shutil.copy(directory / MODEL_CARD, staging)
             save(
                 self,
                 str(staging),
@@ -108,16 +114,18 @@ def _check_save(directory: str, safe_serialization: bool, embeddings: str | bool
 
 def _publish(staging: Path, directory: Path, names: list[str]) -> None:
     """Checks what was written, adds each adapter's fingerprint to its config, and moves all into place."""
-    card = staging / MODEL_CARD
-    if card.exists() and "import preft_hf" not in card.read_text():
-        card.write_text(card.read_text().rstrip() + "\n" + MODEL_CARD_USAGE)
+    card = staging / CARD_NAME
     folders = ["" if name == "default" else name for name in names]
     for folder in folders:
         adapter = load_adapter(staging / folder)
         config = json.loads((staging / folder / CONFIG_NAME).read_text()) | {"fingerprint": adapter.fingerprint}
         write_config(staging / folder, config)
+        if folder == folders[0]:
+            existing = directory / CARD_NAME
+            kept = existing.read_text(encoding="utf-8") if existing.exists() else None
+            card.write_text(model_card(adapter, kept), encoding="utf-8")
     for folder in folders:
         (directory / folder).mkdir(exist_ok=True)
         publish_files(staging / folder, directory / folder)
     if card.exists():
-        card.replace(directory / MODEL_CARD)
+        card.replace(directory / CARD_NAME)
