@@ -21,7 +21,9 @@ FORBIDDEN = {
     "preft_hf/phase.py": {"preft_hf"},
     "preft_hf/layer.py": {f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "sft", "demo")},
     "preft_hf/model.py": {f"preft_hf.{name}" for name in ("register", "hub", "sft", "demo")},
-    "preft_hf/register.py": {f"preft_hf.{name}" for name in ("hub", "sft", "demo")},
+    "preft_hf/hub.py": {f"preft_hf.{name}" for name in ("register", "model", "sft", "demo")},
+    "preft_hf/register.py": {f"preft_hf.{name}" for name in ("sft", "demo", "pool")},
+    "preft_cli/hub.py": {"transformers.models", "peft"},
     "preft_cli/inspection.py": {"preft_hf", "transformers", "peft"},
 }
 
