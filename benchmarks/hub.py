@@ -1,7 +1,7 @@
 """Pulling hundreds of adapters from a Hub on loopback: `python -m benchmarks.hub [--adapters N]`.
 
-`pull_adapters` (checks, pins, and downloads several at once) and a plain loop of snapshot_download take turns, each into
-an empty cache. A second pull, with everything in the cache, shows what resuming costs.
+`pull_adapters` (checks, pins, and downloads several at once) and a plain loop of snapshot_download take turns, each
+into an empty cache. A second pull, with everything in the cache, shows what resuming costs.
 """
 
 import argparse

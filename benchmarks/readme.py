@@ -16,25 +16,28 @@ def main() -> None:
     before, _, rest = README.read_text().partition(START)
     after = rest.partition(END)[2]
     many, single = sorted(RESULTS.glob("many-adapters-*.json")), sorted(RESULTS.glob("cpu-*.json"))
-    sections = [many_section(file) for file in many] + [section(file) for file in single]
-    README.write_text(before + START + "\n".join(sections) + END + after)
-    write_page(many)
-
-
-def write_page(files: list[Path]) -> None:
+    README.write_text(before + START + "\n".join(many_section(file) for file in many) + END + after)
     before, _, rest = PAGE.read_text().partition(START)
     after = rest.partition(END)[2]
-    PAGE.write_text(before + START + "\n".join(all_figures(file) for file in files) + END + after)
+    PAGE.write_text(before + START + "\n".join(page_sections(many, single)) + END + after)
+
+
+def page_sections(many: list[Path], single: list[Path]) -> list[str]:
+    """Returns what docs/serving.md shows: every figure of many adapters, then what one attached adapter costs."""
+    return [*map(all_figures, many), "One attached adapter, against the base model:\n", *map(section, single)]
 
 
 def many_section(file: Path) -> str:
-    """Returns the decode rates and the whole times of a batch with an adapter per row, as a Markdown table."""
+    """Returns the decode rates and whole times of a batch with an adapter per row, for the shortest prompts of a study."""
     report = json.loads(file.read_text())
+    shortest = min(case["prompt"] for case in report["cases"])
     lines = [
         "| adapters, prompt + answer | base, tokens/s | PEFT LoRA | LoRA-P | DiReFT-P | whole time, PEFT / LoRA-P |",
         "|---|---|---|---|---|---|",
     ]
     for case in report["cases"]:
+        if case["prompt"] > shortest:
+            continue
         rates = {name: figures["decode_tokens_per_s"] for name, figures in case["systems"].items()}
         whole = {name: figures["end_to_end_s"]["ratio"] for name, figures in case["systems"].items()}
         cells = [f"{rates[name]['median']:.0f} ({rates[name]['ratio']:.2f})" for name in SYSTEMS[1:]]

@@ -79,8 +79,8 @@ def test_the_readmes_figures_are_the_committed_ones():
 
     many, single = sorted(readme.RESULTS.glob("many-adapters-*.json")), sorted(readme.RESULTS.glob("cpu-*.json"))
     right = {
-        "README.md": [readme.many_section(file) for file in many] + [readme.section(file) for file in single],
-        "docs/serving.md": [readme.all_figures(file) for file in many],
+        "README.md": [readme.many_section(file) for file in many],
+        "docs/serving.md": readme.page_sections(many, single),
     }
     for name, sections in right.items():
         shown = (ROOT / name).read_text().partition(readme.START)[2].partition(readme.END)[0]
