@@ -28,7 +28,7 @@ def page_sections(many: list[Path], single: list[Path]) -> list[str]:
 
 
 def many_section(file: Path) -> str:
-    """Returns the decode rates and whole times of a batch with an adapter per row, for the shortest prompts of a study."""
+    """Returns decode rates and whole times of a batch with an adapter per row, for a study's shortest prompts."""
     report = json.loads(file.read_text())
     shortest = min(case["prompt"] for case in report["cases"])
     lines = [
