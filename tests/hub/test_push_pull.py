@@ -234,6 +234,23 @@ def test_what_strangers_push_is_refused(hub, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_leaves_the_old_files(hub, two, tmp_path, monkeypatch):
+    push_adapter(two / "a", "org/mine")
+    pull_adapter("org/mine", tmp_path / "out")
+    push_adapter(two / "b", "org/mine")
+
+    def full(source, target):
+        target.write_bytes(source.read_bytes()[:100])
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    (failed,) = pull_adapters({"out": "org/mine"}, tmp_path)
+    assert failed.error is not None
+    assert "No space left on device" in failed.error
+    assert load_adapter(tmp_path / "out").fingerprint == load_adapter(two / "a").fingerprint
+    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES - {"README.md"}
+
+
 def test_two_pulls_at_once(hub, tmp_path):
     model = saved(tmp_path / "a", r=32)
     push_adapter(tmp_path / "a", "org/mine")
