@@ -1,7 +1,7 @@
 """Mutated adapters through the reader: `python -m benchmarks.fuzz [--files N] [--seed S]`.
 
 Every file is made from a good one by a few mutations of its bytes, its JSON or its header. The reader may take it or
-refuse it with an AdapterError; anything else, more than a second of CPU time, or more than 64 MiB is a fault, and stops.
+refuse it with an AdapterError; anything else, more than a second of CPU time, or more than 64 MiB, is a fault.
 """
 
 import argparse

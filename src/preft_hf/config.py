@@ -14,6 +14,9 @@ from peft import PeftConfig
 
 from preft_core.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, config_faults
 
+REFERENCE_NAME = "ref"
+"""TRL adds an adapter of this name as its reference and means a copy of the default one; it copies by other names."""
+
 
 class PreftType(str, Enum):
     """The PEFT type. Name and value are the same string, so "PREFT" from a file finds the same table entries."""

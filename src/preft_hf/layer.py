@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from preft_core.layout import Bucket, Weights
 from preft_core.ops import add_direft_, add_lora_, direft_update, lora_update, loreft_update
-from preft_hf.config import PreftConfig
+from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
 from preft_hf.rows import cast, flat, masked, rows_of
 
@@ -35,7 +35,10 @@ class PreftLayer(BaseTunerLayer):
 
     def _place(self, adapter_name: str, device: torch.device, parameters: dict[str, Tensor]) -> None:
         for name, tensor in parameters.items():
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor.to(device))
+            placed = getattr(self, name)
+            if adapter_name == REFERENCE_NAME and "default" in placed and placed["default"].shape == tensor.shape:
+                tensor = placed["default"].detach().clone()
+            placed[adapter_name] = nn.Parameter(tensor.to(device))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         target = device or self._base_device()

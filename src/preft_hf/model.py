@@ -174,7 +174,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     faults = []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", adapter_name):
         faults.append("has other characters than letters, digits, - and _, or starts with one of the last two")
-    if adapter_name in PreftModel.prefix or PreftModel.prefix in adapter_name:
+    if PreftModel.prefix in adapter_name:
         faults.append(f"overlaps with the prefix {PreftModel.prefix!r}")
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     own = {name for leaf in ("preft_A", "preft_B", "preft_R", "preft_bias") for name in _names_in(model, leaf)}
