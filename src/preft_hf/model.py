@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from preft_hf.attach import block_at, linear_at, take_out
-from preft_hf.config import PreftConfig
+from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.forward import attachment_of, pool_of
 from preft_hf.layer import MERGE_REFUSED, PreftLayer, device_of
 from preft_hf.loading import check_weights, expect_weights
@@ -174,7 +174,8 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     faults = []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", adapter_name):
         faults.append("has other characters than letters, digits, - and _, or starts with one of the last two")
-    if PreftModel.prefix in adapter_name:
+    inside = adapter_name in PreftModel.prefix and adapter_name != REFERENCE_NAME
+    if inside or PreftModel.prefix in adapter_name:
         faults.append(f"overlaps with the prefix {PreftModel.prefix!r}")
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     own = {name for leaf in ("preft_A", "preft_B", "preft_R", "preft_bias") for name in _names_in(model, leaf)}

@@ -129,3 +129,17 @@ def test_an_adapter_that_was_trained_before(name, tmp_path, masks):
         for key, tensor in own.items():
             assert torch.equal(model.get_parameter(key.removesuffix("default") + "ref"), tensor)
     check(trainer, masks, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained")
+@pytest.mark.parametrize("method", ["lora", "direft", "loreft"])
+def test_the_reference_is_a_copy_that_can_be_saved(method, tmp_path):
+    model = make_preft(make_base(), method)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.save_pretrained(tmp_path)
+    one, two = load_adapter(tmp_path), load_adapter(tmp_path / "ref")
+    assert one.fingerprint == two.fingerprint
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path / "ref", adapter_name="ref").eval()
+    assert torch.equal(
+        loaded.generate(input_ids=prompt(), max_new_tokens=4), model.generate(input_ids=prompt(), max_new_tokens=4)
+    )
