@@ -4,19 +4,17 @@ import copy
 import functools
 import threading
 import warnings
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.generation.continuous_batching.requests import RequestStatus
 
-from preft_core.lease import Lease
+from preft_core.layout import Bucket
 from preft_core.slots import BASE_NAME
 from preft_core.tokens import prefill_span
-from preft_hf.phase import Phase, SharedPhase
-from preft_hf.routing import RoutedSpan, Routing, pool_key, routed_rows
+from preft_hf.packed import PackedAdapters, SaltedTokens, changed
+from preft_hf.routing import RoutedSpan, Routing
 
 WARMUP = "__warmup_"
 """Begins the ids of transformers' own requests, made to capture CUDA graphs. They have no adapter."""
@@ -25,60 +23,6 @@ WARMUP = "__warmup_"
 class _Collected(threading.local):
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] | None = None
-
-
-class PackedAdapters:
-    """The prefill tokens of one packed forward and the adapters they have, pinned until the forward has ended.
-
-    Args:
-        spans: consecutive prefill tokens of one request, with the name of their adapter
-        keys: name -> what `adapter_key` said when the request's first tokens were computed
-    """
-
-    def __init__(self, spans: Sequence[RoutedSpan], keys: dict[str, bytes], routing: Routing):
-        self._spans, self._keys, self._routing = spans, keys, routing
-        self._lease: Lease | None = None
-
-    def phase(self, prefill: SharedPhase, shape: tuple[int, int], device: torch.device) -> Phase:
-        """Returns the phase of a forward of (1, length) tokens."""
-        names = {span.name for span in self._spans}
-        pooled = names - self._routing.held()
-        if pooled:
-            assert self._routing.pool is not None
-            self._lease = self._routing.pool.acquire(pooled)
-        slots = self._lease.slots if self._lease is not None else {}
-        for slot in slots.values():
-            if pool_key(slot) != self._keys[slot.name]:
-                raise RuntimeError(changed(slot.name))
-        return routed_rows(self._spans, slots, shape, device)
-
-    def release(self) -> None:
-        """Unpins the adapters."""
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.release()
-
-
-class SaltedTokens(list[int]):
-    """Tokens whose blocks hash together with the adapter that made their keys and values.
-
-    transformers shares a block between requests by the hash of its tokens and of those before it. The blocks of an
-    adapter's prompt, and those that the base model wrote after it, get words of their own behind the tokens: the
-    adapter's key, and how many tokens of the block are prompt.
-    """
-
-    def __init__(self, tokens: Sequence[int], key: bytes, prompt_length: int):
-        super().__init__(tokens)
-        self._words = list(array("i", key))
-        self._prompt_length = prompt_length
-
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        if not isinstance(index, slice) or not self._words or len(found) < index.stop - index.start:
-            # an incomplete block is not hashed
-            return found
-        num_prompt = min(max(self._prompt_length - index.start, 0), len(found))
-        return [*found, *self._words, num_prompt]
 
 
 class ContinuousBatching:
@@ -207,13 +151,29 @@ class Requests:
         for state in original():
             name = _name(state)
             if name not in held and name != BASE_NAME and name not in taken:
+                try:
+                    bucket = self._bucket(name)
+                except ValueError as error:
+                    self._fail(state, error)
+                    continue
                 assert pool is not None
-                bucket = pool.bucket(name)
                 if sum(pool.bucket(other) == bucket for other in taken) >= pool.buckets[bucket]:
                     continue
                 taken.add(name)
             fitting.append(state)
         return fitting
+
+    def _bucket(self, name: str) -> Bucket:
+        if self._routing.pool is None:
+            raise ValueError(f"adapter {name!r} went away with the PreftPool while its request waited")
+        return self._routing.pool.bucket(name)
+
+    def _fail(self, state: Any, error: Exception) -> None:
+        """Ends one waiting request with an error; the others go on."""
+        scheduler = self._processor.scheduler
+        scheduler.waiting_requests.pop(state.request_id, None)
+        scheduler.waiting_requests_order.remove(state.request_id)
+        self._processor._handle_request_error(error, state)
 
     def _prepare(self, original: Callable[..., Any], requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
         spans, keys, first = [], {}, 0
@@ -264,14 +224,6 @@ def _check_config(config: Any) -> None:
             "their adapters",
             stacklevel=4,
         )
-
-
-def changed(name: str) -> str:
-    """Returns the message for an adapter that is not what it was when its request began."""
-    return (
-        f"adapter {name!r} was changed while the prompt of a request was computed with it: the prompt would be made "
-        "by two adapters; send the request again"
-    )
 
 
 def _wrap(owner: Any, name: str, replacement: Callable[..., Any]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from preft_core.slots import SlotPool
-from preft_hf.continuous import PackedAdapters
 from preft_hf.generation import PromptBoundary, cached_length
 from preft_hf.layer import PreftLayer
+from preft_hf.packed import PackedAdapters
 from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
 from preft_hf.routing import Routing, RowAdapters
 from preft_hf.training import check_prompts, checkpointed_modules, keep_phase_in_checkpoints, mask_from_labels

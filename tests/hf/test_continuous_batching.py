@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState
 
-from preft_hf import continuous
+from preft_hf import PreftPool, continuous
 
 from .cases import NEW_TOKENS
 from .crowd import BASE, KINDS, NAMES, Crowd, crowd
@@ -248,11 +248,32 @@ def test_what_continuous_batching_does_not_take():
         continuous_batching_config=config(),
         persistent_manager=True,
     )
-    from preft_hf import PreftPool
-
     with PreftPool.from_pretrained(base, {"wide": known.paths["wide"]}):
         with pytest.raises(RuntimeError, match="destroy_cached_continuous_batching_manager"):
             run(base, ragged(1), ["wide"])
         base.destroy_cached_continuous_batching_manager()
         assert run(base, [[3, 4, 5]], ["wide"]) == expected(known, [[3, 4, 5]], ["wide"])
     gc.collect()
+
+
+def test_an_adapter_that_is_removed_fails_its_own_request_alone():
+    known = crowd()
+    model = copy.deepcopy(known.base)
+    names = ["wide", "few", "edit"]
+    pool = PreftPool.from_pretrained(model, {name: known.paths[name] for name in names})
+    prompts = ragged(3)
+    with model.continuous_batching_context_manager(
+        generation_config=GenerationConfig(**GREEDY), continuous_batching_config=config()
+    ) as manager:
+        with manager.pause():
+            ids = manager.add_requests(prompts, max_new_tokens=NEW_TOKENS, adapter_names=names)
+            pool.remove("few")
+        found = {}
+        while len(found) < 3:
+            result = manager.get_result(timeout=30)
+            assert result is not None
+            found[result.request_id] = result
+    assert "adapter 'few' is not known" in found[ids[1]].error
+    for i in (0, 2):
+        assert found[ids[i]].error is None
+        assert [found[ids[i]].generated_tokens] == expected(known, prompts[i : i + 1], names[i : i + 1])
