@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -15,32 +15,12 @@ from torch import Tensor
 
 from preft_core.adapter import Adapter
 from preft_core.config import AdapterConfig
+from preft_core.counters import Counters
 from preft_core.layout import Bucket, Site, Weights, bucket_of
 from preft_core.lease import BASE_NAME, Lease, Slot, too_many, unknown_names
 from preft_core.slab import Entry, HostCopies, Slab
 
 __all__ = ["BASE_NAME", "Counters", "Lease", "Slot", "SlotPool", "unknown_names"]
-
-
-@dataclass
-class Counters:
-    """What a pool has done since it was made.
-
-    Attributes:
-        hits, loads: adapters asked for that were in a slot, or were copied into one
-        host_hits: loads that found a packed copy on the host
-        evictions: adapters that lost their slot to another
-        waits: requests that had to wait for slots, or for another's load
-        bytes_loaded, load_seconds: of all loads
-    """
-
-    hits: int = 0
-    loads: int = 0
-    host_hits: int = 0
-    evictions: int = 0
-    waits: int = 0
-    bytes_loaded: int = 0
-    load_seconds: float = 0.0
 
 
 class SlotPool:
@@ -158,6 +138,19 @@ class SlotPool:
         except BaseException:
             self._undo(entries, missing)
             raise
+
+    def packed(self, name: str) -> Tensor:
+        """Returns an adapter as one slot's row on the host, (num_elements,) as in `Layout`; reads it if none is kept.
+
+        For a forward that finds no free slot, and to have an adapter read and checked before a forward needs it.
+
+        Raises:
+            ValueError: no adapter has this name.
+            AdapterError: it cannot be loaded.
+        """
+        with self._changed:
+            entry = self._known([name])[0]
+        return self._packed(entry)
 
     def weights(self, bucket: Bucket) -> dict[str, Weights]:
         """Returns the weights of a bucket's slots by site name. Their addresses stay."""

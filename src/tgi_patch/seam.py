@@ -22,19 +22,20 @@ class PatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Seam:
-    """One function of the program that is replaced.
+    """One function of the program that is replaced, or that a replacement relies on.
 
     Attributes:
         target: "package.module:Class.function", where the program defines it
         digest: of its source, as `digest_of` gives it
-        replacement: takes the original and returns the function that stands in for it
+        replacement: takes the original and returns the function that stands in for it; None for a function that stays,
+            and must be the one that was read
         why: one sentence
         uses: modules that hold the function under a name of their own, "package.module:name", by `from x import f`
     """
 
     target: str
     digest: str
-    replacement: Callable[[Any], Any]
+    replacement: Callable[[Any], Any] | None
     why: str
     uses: tuple[str, ...] = ()
 
@@ -109,7 +110,8 @@ def check(seams: Iterable[Seam]) -> list[str]:
             place = _find(use, faults)
             if place is not None and _plain(place.original) is not _plain(original):
                 faults.append(f"{use} is not {seam.target}: another patch took its place")
-        faults += _missed(seam, original)
+        if seam.replacement is not None:
+            faults += _missed(seam, original)
     return faults
 
 
@@ -127,6 +129,8 @@ def apply(seams: Sequence[Seam]) -> Applied:
     applied = Applied(tuple(seams))
     try:
         for seam in seams:
+            if seam.replacement is None:
+                continue
             places = [_find(name, faults) for name in (seam.target, *seam.uses)]
             assert all(place is not None for place in places)
             function = _plain(places[0].original)  # type: ignore[union-attr]

@@ -1,0 +1,201 @@
+"""What stands in for TGI's functions. Each takes the original and returns its replacement; see `patches` for the table.
+
+TGI's modules are imported inside of functions: this module can be read, and its logic tested, without them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from tgi_patch import engine
+from tgi_patch.places import SITE, fix_layer_names
+from tgi_patch.routing import TICKET, add_linear, current
+
+def column_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds PreFT adapters to q, k, v, gate and up projections after TGI's own forward."""
+
+    @functools.wraps(original)
+    def forward(self: Any, input: Any, adapter_data: Any) -> Any:
+        result = original(self, input, adapter_data)
+        route = current()
+        site = getattr(self, SITE, None)
+        if route is None or site is None:
+            return result
+        add_linear(route, site, result.view(-1, result.shape[-1]), input.reshape(-1, input.shape[-1]))
+        return result
+
+    return forward
+
+
+def row_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds adapters to o and down projections before the sum over shards, where TGI adds its own after it."""
+
+    @functools.wraps(original)
+    def forward(self: Any, input: Any, adapter_data: Any) -> Any:
+        route = current()
+        site = getattr(self, SITE, None)
+        ours = route is not None and site is not None
+        world_size = self.process_group.size()
+        if world_size == 1 or not (ours or (engine.fixes("rows") and _has_lora(self, adapter_data))):
+            result = original(self, input, adapter_data)
+            if ours:
+                add_linear(route, site, result, input)
+            return result
+        result = self.base_layer(input, reduce=False)
+        if ours:
+            add_linear(route, site, result, input)
+        if _has_lora(self, adapter_data):
+            width = result.shape[-1] // world_size
+            begin = self.process_group.rank() * width
+            self.forward_layer_type(result, input, adapter_data, self.layer_name, begin, begin + width)
+        _all_reduce(result, self.process_group)
+        return result
+
+    return forward
+
+
+def from_tokenized(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Resolves each request's adapter, and refuses an unknown one where TGI would serve the base model."""
+
+    @functools.wraps(original)
+    def resolved(cls: Any, pb: Any, *args: Any, **kwargs: Any) -> Any:
+        served = engine.served()
+        tickets = [served.ticket(request) for request in pb.requests] if served is not None else []
+        batch = original(cls, pb, *args, **kwargs)
+        for criterion, ticket in zip(batch.stopping_criterias, tickets):
+            setattr(criterion, TICKET, ticket)
+        return batch
+
+    return resolved
+
+
+def generate_token(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Routes the prefill rows of a forward to their adapters. A decode forward goes straight to TGI."""
+
+    @functools.wraps(original)
+    def routed_token(self: Any, batch: Any) -> Any:
+        served = engine.served()
+        if served is None or not batch.prefilling:
+            return original(self, batch)
+        with served.route(batch):
+            result = original(self, batch)
+        for criterion, prefilling in zip(batch.stopping_criterias, batch.prefilling_mask):
+            if not prefilling:
+                # the prompt is in the cache: its adapter is not needed any more
+                setattr(criterion, TICKET, None)
+        return result
+
+    return routed_token
+
+
+def warmup(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs the warm-up prefill through empty slots, so that the memory it needs is not given to the KV cache."""
+
+    @functools.wraps(original)
+    def warmed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        served = engine.served()
+        if served is None:
+            return original(self, *args, **kwargs)
+        with served.warming():
+            return original(self, *args, **kwargs)
+
+    return warmed
+
+
+def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Never replays a CUDA graph for a decode batch that holds an all-token LoRA: graphs were captured without it."""
+
+    @functools.wraps(original)
+    def forward(self: Any, batch: Any, adapter_data: Any) -> Any:
+        decode = batch.cu_seqlen_prefill is None
+        if not (decode and self.cuda_graphs and engine.fixes("graphs") and _any_lora(adapter_data)):
+            return original(self, batch, adapter_data)
+        graphs, self.cuda_graphs = self.cuda_graphs, {}
+        try:
+            return original(self, batch, adapter_data)
+        finally:
+            self.cuda_graphs = graphs
+
+    return forward
+
+
+def lora_config_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a LoRA whose options TGI would drop without a word."""
+
+    @functools.wraps(original)
+    def load(cls: Any, adapter_id: str, api_token: Any) -> Any:
+        if engine.fixes("options"):
+            from peft import PeftConfig
+
+            faults = lora_faults(PeftConfig.from_pretrained(adapter_id, token=api_token).to_dict())
+            if faults:
+                raise ValueError(
+                    f"LORA_ADAPTERS: {adapter_id} would be served wrong: {'; '.join(faults)}; retrain it without, or "
+                    "set PREFT_LORA_FIXES without `options` to serve it as TGI does"
+                )
+        return original(cls, adapter_id, api_token)
+
+    return load
+
+
+def lora_faults(config: dict[str, Any]) -> list[str]:
+    """Returns what TGI 3.3.7 ignores of a LoRA's adapter_config."""
+    peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    faults = [] if peft_type == "LORA" else [f"peft_type is {peft_type}, and it must be LORA"]
+    faults += [
+        f"{name} is {config[name]!r}"
+        for name in (
+            "use_dora",
+            "rank_pattern",
+            "alpha_pattern",
+            "layers_to_transform",
+            "modules_to_save",
+            "fan_in_fan_out",
+            "layer_replication",
+            "trainable_token_indices",
+            "target_parameters",
+        )
+        if config.get(name)
+    ]
+    if config.get("bias") not in (None, "none"):
+        faults.append(f"bias is {config['bias']!r}")
+    targets = config.get("target_modules") or ()
+    known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "c_proj", "c_fc"}
+    unknown = [] if isinstance(targets, str) else sorted(set(targets) - known)
+    if unknown:
+        faults.append(f"target_modules has {', '.join(unknown)}, which TGI does not adapt")
+    return faults
+
+
+def model_with_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Finds the places in the loaded model and allocates the slots, before the KV cache is sized."""
+
+    @functools.wraps(original)
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        model = original(*args, **kwargs)
+        if engine.fixes("names"):
+            fix_layer_names(model.model)
+        engine.attach(model)
+        return model
+
+    return loaded
+
+
+def _has_lora(layer: Any, adapter_data: Any) -> bool:
+    return adapter_data is not None and layer.layer_name is not None and bool(adapter_data.data.get(layer.layer_name))
+
+
+def _any_lora(adapter_data: Any) -> bool:
+    return adapter_data is not None and any(adapter_data.meta.adapter_set or ()) and bool(adapter_data.data)
+
+
+def _all_reduce(tensor: Any, group: Any) -> None:
+    """Sums over shards as TGI's own row-parallel layer does."""
+    from text_generation_server.layers import tensor_parallel
+
+    if tensor_parallel.SYSTEM == "ipex" and tensor.device.type == "cpu":
+        tensor_parallel.ipex.distributed.all_reduce(tensor, group=group)
+    else:
+        import torch
+
+        torch.distributed.all_reduce(tensor, group=group)
