@@ -58,8 +58,8 @@ class Crowd:
 
 
 @functools.cache
-def crowd(architecture: str = "llama") -> Crowd:
-    base = make_base(architecture)
+def crowd(architecture: str = "llama", **overrides: object) -> Crowd:
+    base = make_base(architecture, **overrides)
     some = sorted({name.rpartition(".")[2] for name in linear_layers(base) if "head" not in name})[:2]
     settings = {
         "wide": {"method": "lora", "r": 4},

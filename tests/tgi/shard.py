@@ -1,0 +1,44 @@
+"""One patched server process for the tests: TGI's command line in float32, as greedy ties in 16 bit tell nothing.
+
+Run by TGI's Python. `PREFT_TEST_BREAK=rows` takes the position rule out, for the negative control.
+"""
+
+import builtins
+import functools
+import os
+import sys
+
+import torch
+from text_generation_server.models.flash_causal_lm import FlashCausalLM
+
+from tgi_patch import engine, launch, layers
+from tgi_patch.routing import PrefillRows
+
+
+def in_float32(original):
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **(kwargs | {"dtype": torch.float32}))
+
+    return init
+
+
+def all_rows(tickets, cache_lengths, input_lengths, prompt_lengths):
+    found, row = [], 0
+    for ticket, length in zip(tickets, input_lengths, strict=True):
+        if ticket is not None:
+            found.append(PrefillRows(ticket.key, row, row + length))
+        row += length
+    return found
+
+
+def keep_tickets(target, name, value):
+    if value is not None:
+        builtins.setattr(target, name, value)
+
+
+FlashCausalLM.__init__ = in_float32(FlashCausalLM.__init__)
+if os.environ.pop("PREFT_TEST_BREAK", None) == "rows":
+    engine.prefill_rows = all_rows
+    layers.setattr = keep_tickets
+launch.server(sys.argv[1:])
