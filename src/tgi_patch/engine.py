@@ -108,9 +108,7 @@ def attach(model: Any) -> Served:
         _check_model(model)
         places = find_places(model.model, model.config, model.rank, model.world_size)
         sources = _sources(settings)
-        registry = Registry(
-            places, settings, model.model_id, sources, device=model.device, dtype=model.dtype
-        )
+        registry = Registry(places, settings, model.model_id, sources, device=model.device, dtype=model.dtype)
         for module, site in modules_of(places):
             setattr(module, SITE, site)
             if site.endswith(".preft"):
@@ -137,7 +135,7 @@ def detach() -> None:
 
 def _own_adapters() -> set[str]:
     """Returns the ids of TGI's LORA_ADAPTERS."""
-    from text_generation_server.models.globals import get_adapter_to_index
+    from text_generation_server.models.globals import get_adapter_to_index  # pyright: ignore[reportMissingImports]
 
     return set(get_adapter_to_index() or ())
 
@@ -166,10 +164,10 @@ def _check_model(model: Any) -> None:
             f"TGI serves this model as {kind}, where PreFT adapters have no path: they are for text models that TGI "
             "serves as FlashCausalLM; unset PREFT_ADAPTERS, or PREFT_DISABLE=1 to serve the model alone"
         )
-    from text_generation_server.models.globals import PREFIX_CACHING
+    from text_generation_server.models.globals import PREFIX_CACHING  # pyright: ignore[reportMissingImports]
 
     if PREFIX_CACHING:
         raise SettingsError(
-            "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: start with PREFIX_CACHING=0 in "
-            "the launcher's environment, as `python -m tgi_patch serve` does"
+            "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: start with PREFIX_CACHING=0 "
+            "in the launcher's environment, as `python -m tgi_patch serve` does"
         )

@@ -25,7 +25,7 @@ def server(arguments: Sequence[str] | None = None) -> None:
                 patch(settings)
         except (SettingsError, RuntimeError) as error:
             sys.exit(f"preft: {error}. PREFT_DISABLE=1 starts TGI without PreFT")
-    from text_generation_server.cli import app
+    from text_generation_server.cli import app  # pyright: ignore[reportMissingImports]
 
     app(arguments)
 

@@ -1,4 +1,4 @@
-"""What stands in for TGI's functions. Each takes the original and returns its replacement; see `patches` for the table.
+"""What stands in for TGI's functions. Each takes the original and returns its replacement; `patches` is the table.
 
 TGI's modules are imported inside of functions: this module can be read, and its logic tested, without them.
 """
@@ -10,6 +10,7 @@ from typing import Any
 from tgi_patch import engine
 from tgi_patch.places import SITE, fix_layer_names
 from tgi_patch.routing import TICKET, add_linear, current
+
 
 def column_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """Adds PreFT adapters to q, k, v, gate and up projections after TGI's own forward."""
@@ -34,16 +35,17 @@ def row_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, input: Any, adapter_data: Any) -> Any:
         route = current()
         site = getattr(self, SITE, None)
-        ours = route is not None and site is not None
+        if site is None:
+            route = None
         world_size = self.process_group.size()
-        if world_size == 1 or not (ours or (engine.fixes("rows") and _has_lora(self, adapter_data))):
+        if world_size == 1 or not (route is not None or (engine.fixes("rows") and _has_lora(self, adapter_data))):
             result = original(self, input, adapter_data)
-            if ours:
-                add_linear(route, site, result, input)
+            if route is not None:
+                add_linear(route, str(site), result, input)
             return result
         result = self.base_layer(input, reduce=False)
-        if ours:
-            add_linear(route, site, result, input)
+        if route is not None:
+            add_linear(route, str(site), result, input)
         if _has_lora(self, adapter_data):
             width = result.shape[-1] // world_size
             begin = self.process_group.rank() * width
@@ -62,7 +64,7 @@ def from_tokenized(original: Callable[..., Any]) -> Callable[..., Any]:
         served = engine.served()
         tickets = [served.ticket(request) for request in pb.requests] if served is not None else []
         batch = original(cls, pb, *args, **kwargs)
-        for criterion, ticket in zip(batch.stopping_criterias, tickets):
+        for criterion, ticket in zip(batch.stopping_criterias, tickets or [None] * len(batch), strict=True):
             setattr(criterion, TICKET, ticket)
         return batch
 
@@ -79,7 +81,7 @@ def generate_token(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, batch)
         with served.route(batch):
             result = original(self, batch)
-        for criterion, prefilling in zip(batch.stopping_criterias, batch.prefilling_mask):
+        for criterion, prefilling in zip(batch.stopping_criterias, batch.prefilling_mask, strict=True):
             if not prefilling:
                 # the prompt is in the cache: its adapter is not needed any more
                 setattr(criterion, TICKET, None)
@@ -191,7 +193,7 @@ def _any_lora(adapter_data: Any) -> bool:
 
 def _all_reduce(tensor: Any, group: Any) -> None:
     """Sums over shards as TGI's own row-parallel layer does."""
-    from text_generation_server.layers import tensor_parallel
+    from text_generation_server.layers import tensor_parallel  # pyright: ignore[reportMissingImports]
 
     if tensor_parallel.SYSTEM == "ipex" and tensor.device.type == "cpu":
         tensor_parallel.ipex.distributed.all_reduce(tensor, group=group)

@@ -42,7 +42,7 @@ SEAMS = (
         f"{_MODEL}.forward",
         "f5b667b21499f9ba",
         layers.model_forward,
-        "A CUDA graph captured without adapters is not replayed for a batch that holds an all-token LoRA (fix graphs).",
+        "A CUDA graph captured without adapters is not replayed for a batch with an all-token LoRA (fix graphs).",
     ),
     Seam(
         f"{_LORA}:TensorParallelMultiAdapterLinear.forward",
@@ -69,20 +69,52 @@ RELIED_ON = tuple(
     Seam(target, digest, None, why)
     for target, digest, why in (
         (f"{_BATCH}.prepare_for_prefill", "afba406e8c8e937f", "Rows of a prefill forward lie request after request."),
-        (f"{_BATCH}.filter", "29f2947d3968cc45", "It carries each request's stopping criterion, on which its adapter is held."),
-        (f"{_BATCH}.concatenate", "2650ae7d1ba8ffec", "It carries each request's stopping criterion, in the order of requests."),
-        (f"{_S}.utils.tokens:StoppingCriteria.__init__", "2d36c6733a07dbbd", "The object that a request's adapter is held on."),
-        (f"{_LORA}:LoraLinear.forward_layer_type", "ce6828851dc68707", "The fix of row-parallel LoRA calls it."),
-        (f"{_S}.layers.tensor_parallel:TensorParallelRowLinear.forward", "996397ab29e34bd9", "It can leave out the sum."),
-        (f"{_S}.server:TextGenerationService.Prefill", "9c058dad934dc10d", "A fault in from_pb leaves the cached batch alone."),
-        (f"{_CUSTOM}.flash_llama_modeling:FlashLlamaLayer.forward", "93e790cd7126c0da", "Returns (hidden, residual)."),
-        (f"{_CUSTOM}.flash_mistral_modeling:MistralLayer.forward", "56f0b0a086ee001b", "Returns (hidden, residual)."),
+        (
+            f"{_BATCH}.filter",
+            "29f2947d3968cc45",
+            "It carries the object that an adapter is held on.",
+        ),
+        (
+            f"{_BATCH}.concatenate",
+            "2650ae7d1ba8ffec",
+            "It carries the object that an adapter is held on.",
+        ),
+        (
+            f"{_S}.utils.tokens:StoppingCriteria.__init__",
+            "2d36c6733a07dbbd",
+            "The object that an adapter is held on.",
+        ),
+        (f"{_LORA}:LoraLinear.forward_layer_type", "ce6828851dc68707", "Our row layer calls it."),
+        (
+            f"{_S}.layers.tensor_parallel:TensorParallelRowLinear.forward",
+            "996397ab29e34bd9",
+            "It can leave out the sum.",
+        ),
+        (
+            f"{_S}.server:TextGenerationService.Prefill",
+            "9c058dad934dc10d",
+            "A fault in from_pb leaves its cache alone.",
+        ),
+        (f"{_CUSTOM}.flash_llama_modeling:FlashLlamaLayer.forward", "93e790cd7126c0da", "Stream: the sum of two."),
+        (f"{_CUSTOM}.flash_mistral_modeling:MistralLayer.forward", "56f0b0a086ee001b", "Stream: the sum of two."),
         (f"{_CUSTOM}.flash_qwen2_modeling:Qwen2Layer.forward", "5ba78179e6c3325a", "Returns the stream."),
-        (f"{_CUSTOM}.flash_gemma2_modeling:FlashGemma2Layer.forward", "5f5d3ae1ac54965f", "Returns (hidden, residual)."),
-        (f"{_CUSTOM}.flash_gemma3_modeling:FlashGemma3Layer.forward", "17d33315ddcb3545", "Returns (hidden, residual)."),
-        (f"{_CUSTOM}.flash_llama_modeling:load_attention", "b35531213cca85ab", "Names and widths of packed q, k, v."),
-        (f"{_CUSTOM}.flash_qwen2_modeling:load_attention", "e5cd91d40e1b408e", "Names and widths of packed q, k, v."),
-        (f"{_CUSTOM}.flash_starcoder2_modeling:load_attention", "7684235bbca0d393", "Names and widths of packed q, k, v."),
+        (
+            f"{_CUSTOM}.flash_gemma2_modeling:FlashGemma2Layer.forward",
+            "5f5d3ae1ac54965f",
+            "Stream: the sum of two.",
+        ),
+        (
+            f"{_CUSTOM}.flash_gemma3_modeling:FlashGemma3Layer.forward",
+            "17d33315ddcb3545",
+            "Stream: the sum of two.",
+        ),
+        (f"{_CUSTOM}.flash_llama_modeling:load_attention", "b35531213cca85ab", "Names and widths."),
+        (f"{_CUSTOM}.flash_qwen2_modeling:load_attention", "e5cd91d40e1b408e", "Names and widths."),
+        (
+            f"{_CUSTOM}.flash_starcoder2_modeling:load_attention",
+            "7684235bbca0d393",
+            "Names and widths.",
+        ),
     )
 )
 """What stays and must be as it was read."""

@@ -143,10 +143,8 @@ def _row_place(module: Any, name: str, config: Any, rank: int, world_size: int) 
     if module.layer_name is None:
         return None
     parent, _, own = name.rpartition(".")
-    if own == "o_proj":
-        width_in = config.num_attention_heads * _head_size(config)
-    else:
-        width_in = config.intermediate_size
+    heads = config.num_attention_heads * _head_size(config)
+    width_in = heads if own == "o_proj" else config.intermediate_size
     path = f"{parent}.{module.layer_name.rpartition('.')[2]}"
     site = Site(name, "linear", (path,), width_in, (config.hidden_size,))
     if world_size == 1:
@@ -201,8 +199,8 @@ def _weight(module: nn.Module) -> Tensor | None:
 
 def _nowhere(model: Any) -> str:
     return (
-        f"TGI serves this model as {type(model).__name__}, without layers that adapters can act at: PreFT adapters are "
-        "for llama, phi3, granite, mistral, qwen2, gemma2, gemma3 (text) and starcoder2; unset PREFT_ADAPTERS, or "
+        f"TGI serves this model as {type(model).__name__}, without layers that adapters can act at: PreFT adapters "
+        "are for llama, phi3, granite, mistral, qwen2, gemma2, gemma3 (text) and starcoder2; unset PREFT_ADAPTERS, or "
         "PREFT_DISABLE=1 to serve the model alone"
     )
 

@@ -53,6 +53,8 @@ class Registry:
         model_id: what TGI was told to serve
         sources: id -> source, those that are known from the start
         device, dtype: of the model
+    Attributes:
+        streamed: how often a forward found no free slot for an adapter and read it from the host
     Raises:
         AdapterError: an adapter that does not fit the model; all faults in one message.
     """
@@ -93,6 +95,7 @@ class Registry:
         self._known: dict[str, _Known] = {}
         self._leaving: list[_Known] = []
         self._number = 0
+        self.streamed = 0
         self._lock = threading.RLock()
         faults = []
         for name, source in sources.items():
@@ -174,6 +177,7 @@ class Registry:
             "loads": counters.loads,
             "hits": counters.hits,
             "evictions": counters.evictions,
+            "streamed": self.streamed,
             "load_seconds": counters.load_seconds,
             "loaded_bytes": counters.bytes_loaded,
         }
@@ -192,7 +196,9 @@ class Registry:
         bucket = bucket_of(source.config)
         if bucket not in self.pool.buckets:
             have = ", ".join(map(str, self.pool.buckets))
-            raise AdapterError(f"it needs slots for {bucket} and the server has {have}: set PREFT_RESERVE, start again")
+            raise AdapterError(
+                f"it needs slots for {bucket} and the server has {have}: set PREFT_RESERVE, start again"
+            )
         first = [self._load(source)]
 
         def load() -> Adapter:

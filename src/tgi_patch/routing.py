@@ -70,6 +70,7 @@ def routed(registry: Registry, rows: Sequence[PrefillRows], num_rows: int) -> It
     Adapters that find no free slot are read from their packed copy on the host, site by site: slower, and right.
     """
     leases, slots, rest = _pin(registry.pool, list(dict.fromkeys(row.key for row in rows)))
+    registry.streamed += len(rest)
     try:
         device = registry.pool.device
         groups = []
@@ -125,8 +126,8 @@ def add_linear(route: Route, site: str, output: Tensor, x: Tensor) -> None:
 def edit_block(route: Route, site: str, output: Any) -> Any:
     """Returns a decoder layer's output with the edits of a route on its residual stream.
 
-    Where the layer returns (hidden, residual), whose sum is the stream, the edited rows become (stream, 0), so that the
-    sum is the edited stream exactly; other rows keep both parts and their rounding.
+    Where the layer returns (hidden, residual), whose sum is the stream, the edited rows become (stream, 0), so that
+    the sum is the edited stream exactly; other rows keep both parts and their rounding.
     """
     for weights, segments in route.groups:
         found = weights.get(site)
@@ -186,7 +187,5 @@ def _pin(pool: SlotPool, keys: list[str]) -> tuple[list[Lease], dict[str, tuple[
     return leases, slots, rest
 
 
-def _segments(
-    rows: Sequence[PrefillRows], index: Mapping[str, int], num_rows: int, device: torch.device
-) -> Segments:
+def _segments(rows: Sequence[PrefillRows], index: Mapping[str, int], num_rows: int, device: torch.device) -> Segments:
     return Segments.of_spans([Span(index.get(r.key, BASE), r.begin, r.end) for r in rows], num_rows, device)

@@ -20,20 +20,24 @@ from tgi_patch.control import ask
 
 BLOCK = {"paged": 16, "flashdecoding-ipex": 64}
 NUM_BLOCKS = 256
+GREEDY = pb.NextTokenChooserParameters(temperature=1.0, repetition_penalty=1.0, top_p=1.0, typical_p=1.0)
 
 
 class Server:
     def __init__(self, model, sockets, world_size, environment, arguments):
         self.world_size = world_size
         self.control = Path(sockets) / "control"
-        shared = dict(os.environ, OMP_NUM_THREADS="1", CUDA_MEMORY_FRACTION="0.05", PREFT_CONTROL_DIR=str(self.control))
+        shared = dict(
+            os.environ, OMP_NUM_THREADS="1", CUDA_MEMORY_FRACTION="0.05", PREFT_CONTROL_DIR=str(self.control)
+        )
         shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": environment.pop("MASTER_PORT", "29555")} | environment
         shared["WORLD_SIZE"] = str(world_size)
         self.block_size = BLOCK[shared["ATTENTION"]]
         command = [sys.executable, str(Path(__file__).with_name("shard.py")), "serve", model]
         command += ["--uds-path", f"{sockets}/tgi", *arguments, *(["--sharded"] if world_size > 1 else [])]
         self.processes = [
-            subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stdout=sys.stderr) for rank in range(world_size)
+            subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stdout=sys.stderr)
+            for rank in range(world_size)
         ]
         self.stubs = [self._connect(f"{sockets}/tgi-{rank}") for rank in range(world_size)]
         self.free = list(range(1, NUM_BLOCKS))
@@ -86,7 +90,7 @@ class Server:
             inputs=spec["text"],
             truncate=200,
             add_special_tokens=False,
-            parameters=pb.NextTokenChooserParameters(temperature=1.0, repetition_penalty=1.0, top_p=1.0, typical_p=1.0),
+            parameters=GREEDY,
             stopping_parameters=pb.StoppingCriteriaParameters(max_new_tokens=spec["new"], ignore_eos_token=True),
             blocks=blocks,
             slots=slots,
@@ -109,6 +113,7 @@ class Run:
     blocks: dict = field(default_factory=dict)
     done: set = field(default_factory=set)
     cached: object = None
+    most: int = 0
     batch_id: int = 100
 
     def run(self):
@@ -150,20 +155,20 @@ class Run:
             for generation in answer.generations:
                 i = self.index[generation.request_id]
                 self.tokens[i] += list(generation.tokens.ids)
+                self.most = max(self.most, len(generation.tokens.ids))
                 if generation.HasField("generated_text"):
                     self.done.add(generation.request_id)
         self.cached = answers[0].batch if answers[0].HasField("batch") else None
 
     def shrink(self, step):
         if self.cached is None:
-            return self.give_back(self.index)
+            self.give_back(self.index)
+            return
         dropped = {r for r, i in self.index.items() if 0 <= self.specs[i].get("drop", 1 << 30) <= step}
         keep = [r for r in self.cached.request_ids if r not in self.done | dropped]
         if keep and len(keep) < len(self.cached.request_ids):
-            answer = self.server.call("FilterBatch", pb.FilterBatchRequest(batch_id=self.cached.id, request_ids=keep)) \
-                if self.server.world_size == 1 \
-                else self.server.call_all("FilterBatch", pb.FilterBatchRequest(batch_id=self.cached.id, request_ids=keep))[0]
-            self.cached = answer.batch
+            request = pb.FilterBatchRequest(batch_id=self.cached.id, request_ids=keep)
+            self.cached = self.server.call("FilterBatch", request).batch
         elif not keep:
             self.server.call_all("ClearCache", pb.ClearCacheRequest(id=self.cached.id))
             self.cached = None
@@ -186,7 +191,8 @@ def main():
             command = json.loads(line)
             try:
                 if command["op"] == "run":
-                    answer = {"tokens": Run(server, command["requests"]).run()}
+                    run = Run(server, command["requests"])
+                    answer = {"tokens": run.run(), "most": run.most}
                 else:
                     answer = {"ranks": [ask(server.control, r, command["request"]) for r in range(server.world_size)]}
             except grpc.RpcError as error:
@@ -195,7 +201,7 @@ def main():
             print(json.dumps(answer), file=answers, flush=True)
     finally:
         for process in server.processes:
-            process.terminate()
+            process.kill()
         for process in server.processes:
             process.wait(timeout=20)
 

@@ -1,7 +1,17 @@
 """The patched TGI 3.3.7 server against the two-phase loop, token for token, over its own gRPC."""
 
+import copy
+import random
+import tempfile
+from pathlib import Path
+
 import pytest
 
+from preft_core.adapter import load_adapter
+
+from ..hf.crowd import BASE, Crowd
+from ..hf.oracle import adapted_copy
+from ..hf.zoo import make_preft
 from .world import make_world, request, serving, some_ids
 
 pytestmark = pytest.mark.tgi
@@ -25,8 +35,12 @@ def check(server, world, cases):
         assert tokens == expected, (name, len(ids), others)
 
 
-@pytest.mark.parametrize("attention", ["paged", "flashdecoding-ipex"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma2"])
+# TGI's paged attention has no softcap on a CPU, which gemma2 needs
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [(name, "flashdecoding-ipex") for name in ("llama", "mistral", "qwen2", "gemma2", "gemma3_text")]
+    + [(name, "paged") for name in ("llama", "mistral", "qwen2")],
+)
 def test_every_way_a_batch_is_made(architecture, attention):
     world = world_of(architecture)
     # the adapters do change what is said
@@ -47,5 +61,96 @@ def test_every_way_a_batch_is_made(architecture, attention):
             # a long prompt in chunks while others decode, with a request that begins as a chunk
             cases = [("wide", some_ids(6, 50), 12, {}), ("edit", some_ids(5, 51), 12, {})]
             cases += [("few", some_ids(70, 52), 5, {"arrive": 2, "chunk": 9})]
-            cases += [("turn", some_ids(40, 53), 5, {"arrive": 3, "chunk": 3}), (None, some_ids(33, 54), 5, {"chunk": 8})]
+            cases += [
+                ("turn", some_ids(40, 53), 5, {"arrive": 3, "chunk": 3}),
+                (None, some_ids(33, 54), 5, {"chunk": 8}),
+            ]
             check(server, world, cases)
+
+
+def mixed(seed=0):
+    """Requests of every adapter that arrive while others decode."""
+    names = ["turn", None, "wide", "edit", "few", "stable"]
+    cases = [(name, some_ids(4 + 3 * i, seed + i), 8, {}) for i, name in enumerate(names)]
+    return [
+        *cases,
+        *[(name, some_ids(9 + i, seed + 20 + i), 6, {"arrive": 2 + i}) for i, name in enumerate(names[:4])],
+    ]
+
+
+def test_the_check_fails_without_the_position_rule():
+    world = world_of("llama")
+    with serving(world, "flashdecoding-ipex", PREFT_TEST_BREAK="rows") as server, pytest.raises(AssertionError):
+        check(server, world, mixed())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_two_shards(architecture):
+    world = world_of(architecture)
+    with serving(world, "flashdecoding-ipex", world_size=2, prefill_tokens=24) as server:
+        check(server, world, mixed())
+        check(server, world, [("wide", some_ids(50, 9), 5, {"chunk": 16}), ("edit", some_ids(6, 8), 9, {})])
+
+
+def test_speculation_verifies_with_the_base_model():
+    world = world_of("llama")
+    # a prompt that repeats itself, so that n-grams are found
+    repeated = some_ids(5, 3) * 5
+    cases = [(name, repeated, 14, {}) for name in [None, *ADAPTERS]]
+    with serving(world, "paged", arguments=["--speculate", "2"]) as server:
+        check(server, world, cases)
+        assert server.most > 1, "no guess was ever accepted, so nothing was tested"
+
+
+def test_adapters_come_and_go():
+    world = world_of("llama")
+    ids = some_ids(12, 4)
+    with serving(world, "flashdecoding-ipex", prefill_tokens=16) as server:
+        (listed,) = server.control(op="list")
+        assert sorted(listed["adapters"]) == sorted(ADAPTERS)
+        path = str(world.crowd.paths["wide"])
+        assert server.control(op="add", name="late", location=path) == [{"ok": True}]
+        assert server.control(op="add", name="late", location=path) == [{"ok": True}]
+        (taken,) = server.control(op="add", name="late", location=str(world.crowd.paths["few"]))
+        assert taken["kind"] == "taken"
+        assert server.run([request(ids, "late")]) == [world.expected("wide", ids, 6)]
+        assert server.control(op="remove", name="late") == [{"ok": True}]
+        (unknown,) = server.control(op="remove", name="late")
+        assert unknown["kind"] == "unknown"
+        # an unknown adapter is an error and not the base model, and the server lives on
+        answer = server.ask({"op": "run", "requests": [request(ids, "late")]})
+        assert "'late' is not known" in answer["error"]
+        check(server, world, [(None, ids, 6, {}), ("few", ids, 6, {})])
+        # a prompt from a prefix cache may hold another adapter's KV
+        answer = server.ask({"op": "run", "requests": [request(ids, "few", cached=4)]})
+        assert "prefix cache" in answer["error"]
+        # the base model under its own names
+        for name in ("tgi", str(world.model), "__base_model__"):
+            assert server.run([request(ids, name)]) == [world.expected(None, ids, 6)]
+
+
+def test_many_adapters_in_few_slots():
+    base = world_of("llama").crowd
+    made = Crowd(base.base, {BASE: base.base}, {})
+    root = Path(tempfile.mkdtemp(prefix="preft-many-"))
+    for i in range(20):
+        method = ["lora", "lora", "direft", "loreft"][i % 4]
+        make_preft(copy.deepcopy(made.base), method, seed=100 + i, r=4).save_pretrained(root / f"a{i}")
+        saved = load_adapter(root / f"a{i}")
+        made.adapted[f"a{i}"] = adapted_copy(made.base, method, saved.tensors, saved.config.scaling)
+        made.paths[f"a{i}"] = root / f"a{i}"
+    world = make_world("llama", made)
+    dice = random.Random(7)
+    with serving(world, "flashdecoding-ipex", prefill_tokens=64, PREFT_SLOTS="4", PREFT_HOST_BYTES="100000") as server:
+        for _ in range(4):
+            cases = []
+            for _ in range(50):
+                name = dice.choice([None, *made.paths, *made.paths])
+                ids = some_ids(dice.randint(1, 30), dice.randint(0, 1 << 30))
+                cases.append((name, ids, dice.randint(1, 6), {"arrive": dice.randint(0, 8)}))
+            check(server, world, cases)
+        (answer,) = server.control(op="statistics")
+        assert answer["statistics"]["evictions"] > 20
+        # forwards with more adapters than slots
+        assert answer["statistics"]["streamed"] > 5
+        assert answer["statistics"]["slots"] == 8

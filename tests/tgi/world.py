@@ -41,8 +41,8 @@ class World:
         return two_phase_greedy(adapted, self.crowd.base, torch.tensor([ids]), num_new)[0][0].tolist()
 
 
-def make_world(architecture: str) -> World:
-    made = crowd(architecture, **OVERRIDES.get(architecture, {}))
+def make_world(architecture: str, made: Crowd | None = None) -> World:
+    made = made or crowd(architecture, **OVERRIDES.get(architecture, {}))
     directory = Path(tempfile.mkdtemp(prefix="preft-tgi-"))
     made.base.save_pretrained(directory)
     words = {f"<{i}>": i for i in range(VOCABULARY)}
@@ -71,6 +71,8 @@ class Server:
         environment.pop("TRITON_INTERPRET", None)
         driver = str(Path(__file__).with_name("driver.py"))
         self.log = log
+        # tokens that one step gave one request: more than one where a guess was accepted
+        self.most = 0
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [str(TGI_PYTHON), driver, json.dumps(setting)],
@@ -89,6 +91,7 @@ class Server:
     def run(self, requests: list[dict]) -> list[list[int]]:
         answer = self.ask({"op": "run", "requests": requests})
         assert "tokens" in answer, answer
+        self.most = max(self.most, answer["most"])
         return answer["tokens"]
 
     def control(self, **request: str) -> list[dict]:
@@ -116,7 +119,9 @@ class Server:
 
 
 @contextmanager
-def serving(world: World, attention: str = "paged", world_size: int = 1, arguments=(), prefill_tokens=512, **variables):
+def serving(
+    world: World, attention: str = "paged", world_size: int = 1, arguments=(), prefill_tokens=512, **variables
+):
     """Runs a patched server that knows the world's adapters."""
     sockets = tempfile.mkdtemp(prefix="preft-s-")
     adapters = ",".join(f"{name}={path}" for name, path in world.crowd.paths.items())
