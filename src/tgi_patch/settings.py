@@ -130,7 +130,7 @@ def parse_adapters(text: str) -> dict[str, str]:
 class _Reader:
     def __init__(self, environment: Mapping[str, str], faults: list[str]):
         self._environment = environment
-        self._read = {"PREFT_PREFIX_CACHE", "PREFT_FRONT_HOST", "PREFT_TGI_PYTHON", "PREFT_CACHE"}
+        self._read = {"PREFT_PREFIX_CACHE", "PREFT_ROUTER_PORT", "PREFT_FRONT_HOST", "PREFT_TGI_PYTHON", "PREFT_CACHE"}
         self.faults = faults
 
     def text(self, name: str) -> str:

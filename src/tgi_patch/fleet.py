@@ -1,0 +1,275 @@
+"""The adapters of all shards, as the front door sees them: ready, on their way, refused, or leaving."""
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from preft_core.config import AdapterError
+from preft_core.manifest import name_fault
+from preft_core.source import find_adapter
+from tgi_patch.control import ask
+from tgi_patch.settings import Settings
+
+HUB_ID = re.compile(r"([\w][\w.-]*)/[\w][\w.-]*")
+RETRY_AFTER_S = 2
+REFUSED_FOR_S = 60.0
+"""Seconds that a refusal is remembered, so that a bad adapter is not downloaded for every request."""
+FAILED_FOR_S = 5.0
+"""Seconds that a failure which may pass, as of the network, is remembered."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Why a request for an adapter is not passed on: an HTTP status and a message."""
+
+    status: int
+    message: str
+    retry_after_s: int | None = None
+
+
+class NotAccepted(Exception):
+    """A request that is answered here. `answer` says how."""
+
+    def __init__(self, answer: Answer):
+        super().__init__(answer.message)
+        self.answer = answer
+
+
+class Fleet:
+    """Which adapters a request may name. All methods run in one event loop; the shards are asked in threads.
+
+    Args:
+        settings: limits and where adapters may come from
+        world_size: number of shards
+        base_ids: names of the base model
+        others: ids of TGI's own LORA_ADAPTERS
+        ask: sends a request to a shard, as `control.ask`
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        world_size: int,
+        base_ids: set[str],
+        others: set[str],
+        ask: Callable[..., dict[str, Any]] = ask,
+    ):
+        self._settings = settings
+        self._world_size = world_size
+        self._ask = ask
+        self.base_ids = {"", "tgi", *base_ids}
+        self._others = others
+        self.ready: dict[str, dict[str, Any]] = {}
+        self.started = False
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[str, tuple[float, Answer]] = {}
+        self._in_flight: Counter[str] = Counter()
+        self._leaving: set[str] = set()
+        self._idle = asyncio.Condition()
+        self._changes = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> bool:
+        """Asks the shards what they know. Returns whether they are up."""
+        if not self.started and self._settings.active:
+            try:
+                answers = await self._all({"op": "list"})
+            except OSError:
+                return False
+            self.ready = answers[0].get("adapters", {})
+            self.started = all(answer.get("ok") for answer in answers)
+        elif not self._settings.active:
+            self.started = True
+        return self.started
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[str | None]:
+        """Holds an adapter for one request, having checked that it can be served.
+
+        Yields: the adapter's id, None for the base model.
+        Raises:
+            NotAccepted: 404 unknown, 422 refused, 503 on its way.
+        """
+        if name is None or name in self.base_ids:
+            yield None
+            return
+        self._check(name)
+        self._in_flight[name] += 1
+        try:
+            yield name
+        finally:
+            self._in_flight[name] -= 1
+            if not self._in_flight[name]:
+                del self._in_flight[name]
+                if name in self._leaving:
+                    self._spawn(self._notify())
+
+    async def add(self, name: str, location: str) -> None:
+        """Makes an adapter known to all shards, or to none.
+
+        Raises:
+            NotAccepted: 404, 409, 422 or 503.
+        """
+        reason = name_fault(name)
+        if reason is not None or name in self.base_ids | self._others:
+            raise NotAccepted(Answer(422, f"adapter id {name!r}: {reason or 'it stands for something else already'}"))
+        if name not in self._loading:
+            task = asyncio.create_task(self._load(name, location))
+            self._loading[name] = task
+        await asyncio.shield(self._loading[name])
+        refused = self._refused.get(name)
+        if name not in self.ready and refused is not None:
+            raise NotAccepted(refused[1])
+        known = str(self.ready.get(name, {}).get("location", location))
+        if location not in (known, known.partition("@")[0]):
+            raise NotAccepted(Answer(409, f"adapter {name!r} is {known} already: remove it first"))
+
+    async def remove(self, name: str) -> bool:
+        """Takes no more requests for an adapter, and has the shards forget it when its last request has ended.
+
+        Returns: whether that was at once.
+        Raises:
+            NotAccepted: 404.
+        """
+        if name not in self.ready or name in self._leaving:
+            raise NotAccepted(self._unknown(name))
+        self._leaving.add(name)
+        at_once = not self._in_flight[name]
+        task = self._spawn(self._forget(name))
+        if at_once:
+            await task
+        return at_once
+
+    async def statistics(self) -> dict[str, float]:
+        """Returns the counts of the first shard; empty while it is not up."""
+        try:
+            answer = await asyncio.to_thread(self._ask, self._settings.control, 0, {"op": "statistics"})
+        except OSError:
+            return {}
+        return answer.get("statistics", {})
+
+    async def close(self) -> None:
+        """Ends what is under way."""
+        for task in [*self._tasks, *self._loading.values()]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._loading.values(), return_exceptions=True)
+
+    def _check(self, name: str) -> None:
+        if name in self._others:
+            return
+        if not self.started:
+            raise NotAccepted(Answer(503, "the server is starting: ask again", RETRY_AFTER_S))
+        if name in self.ready and name not in self._leaving:
+            return
+        if name in self._loading:
+            raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
+        refused = self._refused.get(name)
+        if refused is not None and time.monotonic() < refused[0]:
+            raise NotAccepted(refused[1])
+        match = HUB_ID.fullmatch(name)
+        allowed = self._settings.organisations
+        if not self._settings.lazy or match is None or name in self._leaving:
+            raise NotAccepted(self._unknown(name))
+        if "*" not in allowed and match[1] not in allowed:
+            raise NotAccepted(
+                Answer(404, f"adapter {name!r} is not known, and adapters of {match[1]!r} are not loaded from the Hub")
+            )
+        if len(self.ready) + len(self._loading) >= self._settings.max_adapters:
+            raise NotAccepted(Answer(404, f"adapter {name!r} is not known, and no more adapters are taken"))
+        self._loading[name] = asyncio.create_task(self._load(name, name))
+        raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
+
+    async def _load(self, name: str, location: str) -> None:
+        """Downloads an adapter, hands it to all shards, and remembers the outcome. Never raises."""
+        try:
+            source = await asyncio.to_thread(find_adapter, location)
+            await asyncio.to_thread(source.fetch)
+            async with self._changes:
+                answers = await self._all({"op": "add", "name": name, "location": source.location}, timeout_s=300.0)
+                bad = next((answer for answer in answers if not answer["ok"]), None)
+                if bad is not None:
+                    await self._withdraw(name, answers)
+                    raise NotAccepted(_answer_to(name, bad))
+                listed = await self._all({"op": "list"})
+            self.ready[name] = listed[0]["adapters"][name]
+            self._refused.pop(name, None)
+        except AdapterError as error:
+            self._remember(name, _classified(name, error))
+        except NotAccepted as error:
+            self._remember(name, error.answer)
+        except (OSError, ValueError, KeyError) as error:
+            self._remember(name, Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S))
+        finally:
+            self._loading.pop(name, None)
+
+    async def _withdraw(self, name: str, answers: list[dict[str, Any]]) -> None:
+        """Takes back an adapter that some shards took and another did not. One that was there before stays."""
+        if name in self.ready:
+            return
+        for rank, answer in enumerate(answers):
+            if answer["ok"]:
+                await asyncio.to_thread(self._ask, self._settings.control, rank, {"op": "remove", "name": name})
+
+    async def _forget(self, name: str) -> None:
+        async with self._idle:
+            await self._idle.wait_for(lambda: not self._in_flight[name])
+        async with self._changes:
+            try:
+                await self._all({"op": "remove", "name": name})
+            finally:
+                self.ready.pop(name, None)
+                self._leaving.discard(name)
+
+    async def _notify(self) -> None:
+        async with self._idle:
+            self._idle.notify_all()
+
+    async def _all(self, request: dict[str, Any], timeout_s: float = 10.0) -> list[dict[str, Any]]:
+        ranks = range(self._world_size)
+        return list(
+            await asyncio.gather(
+                *(asyncio.to_thread(self._ask, self._settings.control, rank, request, timeout_s) for rank in ranks)
+            )
+        )
+
+    def _remember(self, name: str, answer: Answer) -> None:
+        for_s = FAILED_FOR_S if answer.status == 503 else REFUSED_FOR_S
+        now = time.monotonic()
+        self._refused = {n: entry for n, entry in self._refused.items() if entry[0] > now}
+        if len(self._refused) < 10_000:
+            self._refused[name] = (now + for_s, answer)
+
+    def _unknown(self, name: str) -> Answer:
+        names = sorted(set(self.ready) - self._leaving | self._others)
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        return Answer(404, f"adapter {name!r} is not known; known are {', '.join(names[:20]) or 'none'}{more}")
+
+    def _spawn(self, work: Any) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _answer_to(name: str, refusal: dict[str, Any]) -> Answer:
+    """Returns the answer to a request whose adapter a shard did not take."""
+    status = {"taken": 409, "unknown": 404, "refused": 422}.get(refusal["kind"], 503)
+    retry = RETRY_AFTER_S if status == 503 else None
+    return Answer(status, f"adapter {name!r}: {refusal['error']}", retry)
+
+
+def _classified(name: str, error: AdapterError) -> Answer:
+    """Returns 404 for what the Hub does not have, 503 for a Hub that cannot be reached, 422 for a bad adapter."""
+    cause = error.__cause__
+    if isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError)):
+        return Answer(404, f"adapter {name!r}: {error}")
+    if cause is not None and not isinstance(cause, (ValueError, KeyError, UnicodeError)):
+        return Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S)
+    return Answer(422, f"adapter {name!r}: {error}")

@@ -1,0 +1,284 @@
+"""The front door: a small proxy on the public port that answers for bad adapters before TGI's router sees them.
+
+TGI has no error for one request of a batch: what fails in a prefill fails for every request in it. So an id is checked
+here. Everything else, streams included, passes through unchanged.
+"""
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from tgi_patch.fleet import Answer, Fleet, NotAccepted
+from tgi_patch.metrics import Metrics
+
+GENERATE = ("/", "/generate", "/generate_stream", "/invocations")
+OPENAI = ("/v1/chat/completions", "/v1/completions")
+ALONGSIDE = ("/tokenize", "/chat_tokenize")
+PASSED_GET = ("/info", "/ping", "/docs", "/v1/docs")
+HOP_BY_HOP = {
+    "connection",
+    "content-length",
+    "date",
+    "host",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "server",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}
+ADMIN = "/preft/adapters"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client cannot take from the others.
+
+    Attributes:
+        body_bytes: of a request, as TGI's own limit
+        in_flight: requests at once; more are answered with 429
+        silence_s: seconds without a byte from TGI, after which a request is given up
+        drain_s: seconds that requests have to end when the service is stopped
+    """
+
+    body_bytes: int = 2 << 20
+    in_flight: int = 4096
+    silence_s: float = 600.0
+    drain_s: float = 60.0
+
+
+class FrontDoor:
+    """The proxy's application.
+
+    Args:
+        upstream: URL of TGI's router, without a slash at its end
+        fleet: which adapters may be asked for
+        admin_token: for the routes under /preft; empty turns them off
+        limits: see Limits
+    """
+
+    def __init__(self, upstream: str, fleet: Fleet, admin_token: str = "", limits: Limits | None = None):
+        self._upstream = upstream
+        self._fleet = fleet
+        self._admin_token = admin_token
+        self._limits = limits or Limits()
+        self.metrics = Metrics()
+        self._session: aiohttp.ClientSession | None = None
+        self._in_flight = 0
+        self.stopping = False
+
+    def application(self) -> web.Application:
+        """Returns the aiohttp application. Run it with handler_cancellation, so that a client that goes away frees
+        its request in TGI."""
+        application = web.Application(client_max_size=self._limits.body_bytes)
+        for path in GENERATE:
+            application.router.add_post(path, self._counted(self._generate))
+        for path in OPENAI:
+            application.router.add_post(path, self._counted(self._openai))
+        for path in ALONGSIDE:
+            application.router.add_post(path, self._counted(self._passed))
+        for path in PASSED_GET:
+            application.router.add_get(path, self._passed)
+        application.router.add_get("/v1/models", self._models)
+        application.router.add_get("/health", self._health)
+        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get(ADMIN, self._admin(self._list))
+        application.router.add_post(ADMIN, self._admin(self._add))
+        application.router.add_delete(ADMIN + "/{name:.+}", self._admin(self._remove))
+        application.cleanup_ctx.append(self._connected)
+        return application
+
+    async def drained(self) -> bool:
+        """Takes no new requests and waits for those in flight. Returns whether all ended in time."""
+        self.stopping = True
+        deadline = asyncio.get_running_loop().time() + self._limits.drain_s
+        while self._in_flight and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        return self._in_flight == 0
+
+    async def _connected(self, application: web.Application) -> AsyncIterator[None]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=self._limits.silence_s)
+        connector = aiohttp.TCPConnector(limit=0)
+        # what TGI compresses stays compressed
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
+        yield
+        await self._session.close()
+        await self._fleet.close()
+
+    def _counted(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+        async def counted(request: web.Request) -> web.StreamResponse:
+            with self._place() as refused:
+                return _said(request, refused) if refused is not None else await handle(request)
+
+        return counted
+
+    @contextmanager
+    def _place(self) -> Iterator[Answer | None]:
+        if self.stopping:
+            yield Answer(503, "the server is stopping", 5)
+            return
+        if self._in_flight >= self._limits.in_flight:
+            self.metrics.answered("429")
+            yield Answer(429, f"{self._in_flight} requests are in flight, as many as are taken: ask again", 1)
+            return
+        self._in_flight += 1
+        self.metrics.in_flight.set(self._in_flight)
+        try:
+            yield None
+        finally:
+            self._in_flight -= 1
+            self.metrics.in_flight.set(self._in_flight)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        def named(body: dict[str, Any]) -> Any:
+            parameters = body.get("parameters")
+            return parameters.get("adapter_id") if isinstance(parameters, dict) else None
+
+        return await self._adapted(request, named)
+
+    async def _openai(self, request: web.Request) -> web.StreamResponse:
+        return await self._adapted(request, lambda body: body.get("model"))
+
+    async def _adapted(self, request: web.Request, named: Callable[[dict[str, Any]], Any]) -> web.StreamResponse:
+        try:
+            text = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            return _said(request, Answer(413, f"the request has more than {self._limits.body_bytes} bytes"))
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return _said(request, Answer(400, f"the request's body is no JSON: {error}"))
+        name = named(body) if isinstance(body, dict) else None
+        if name is not None and not isinstance(name, str):
+            return _said(request, Answer(422, f"the adapter's id is {name!r}: give a text"))
+        try:
+            with self._fleet.using(name) as adapter:
+                self.metrics.asked(adapter)
+                return await self._forwarded(request, text)
+        except NotAccepted as error:
+            self.metrics.answered(str(error.answer.status))
+            return _said(request, error.answer)
+
+    async def _passed(self, request: web.Request) -> web.StreamResponse:
+        try:
+            text = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            return _said(request, Answer(413, f"the request has more than {self._limits.body_bytes} bytes"))
+        return await self._forwarded(request, text)
+
+    async def _forwarded(self, request: web.Request, text: bytes) -> web.StreamResponse:
+        """Returns TGI's answer, passed on piece by piece as it comes."""
+        assert self._session is not None
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
+        url = self._upstream + request.path_qs
+        response: web.StreamResponse | None = None
+        try:
+            async with self._session.request(
+                request.method, url, data=text or None, headers=headers, allow_redirects=False
+            ) as answer:
+                kept = [(n, v) for n, v in answer.headers.items() if n.lower() not in HOP_BY_HOP]
+                if not answer.content_type.startswith("text/event-stream"):
+                    return web.Response(status=answer.status, body=await answer.read(), headers=_headers(kept))
+                response = web.StreamResponse(status=answer.status, headers=_headers(kept))
+                await response.prepare(request)
+                async for piece in answer.content.iter_any():
+                    await response.write(piece)
+                await response.write_eof()
+                return response
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            self.metrics.answered("upstream")
+            if response is not None:
+                # the answer has begun: end the connection, so that the client does not take it for whole
+                if request.transport is not None:
+                    request.transport.abort()
+                return response
+            late = isinstance(error, asyncio.TimeoutError)
+            if late:
+                return _said(request, Answer(504, f"TGI said nothing for {self._limits.silence_s:g} s"))
+            return _said(request, Answer(502, f"TGI's router does not answer: {error}", 5))
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        names = [*sorted(self._fleet.base_ids - {"", "tgi"}), *sorted(self._fleet.ready)]
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in names]
+        return web.json_response({"object": "list", "data": models})
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        if self.stopping:
+            return _said(request, Answer(503, "the server is stopping"))
+        if not await self._fleet.start():
+            return _said(request, Answer(503, "the server is starting", 2))
+        return await self._forwarded(request, b"")
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        assert self._session is not None
+        ours = self.metrics.text(await self._fleet.statistics())
+        try:
+            async with self._session.get(self._upstream + "/metrics") as answer:
+                theirs = await answer.read() if answer.status == 200 else b""
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            theirs = b""
+        return web.Response(body=theirs + ours, headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    def _admin(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+        async def checked(request: web.Request) -> web.StreamResponse:
+            if not self._admin_token:
+                return _said(request, Answer(403, "set PREFT_ADMIN_TOKEN to manage adapters while the server runs"))
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self._admin_token.encode()):
+                return _said(request, Answer(401, "give PREFT_ADMIN_TOKEN as a bearer token"))
+            try:
+                return await handle(request)
+            except NotAccepted as error:
+                return _said(request, error.answer)
+
+        return checked
+
+    async def _list(self, request: web.Request) -> web.StreamResponse:
+        await self._fleet.start()
+        return web.json_response({"adapters": self._fleet.ready})
+
+    async def _add(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body = await request.json()
+            name, location = body["id"], body.get("location") or body["id"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            name = location = None
+        if not isinstance(name, str) or not isinstance(location, str):
+            return _said(request, Answer(422, 'give {"id": "acme", "location": "org/name@revision or a directory"}'))
+        if not await self._fleet.start():
+            return _said(request, Answer(503, "the server is starting", 2))
+        await self._fleet.add(name, location)
+        return web.json_response({"id": name, **self._fleet.ready.get(name, {})}, status=201)
+
+    async def _remove(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        at_once = await self._fleet.remove(name)
+        state = "removed" if at_once else "leaving when its requests have ended"
+        return web.json_response({"id": name, "state": state}, status=200 if at_once else 202)
+
+
+def _headers(pairs: list[tuple[str, str]]) -> Any:
+    from multidict import CIMultiDict
+
+    return CIMultiDict(pairs)
+
+
+def _said(request: web.Request, answer: Answer) -> web.Response:
+    """Returns an error in the form of the route: OpenAI's, or TGI's."""
+    kinds = {401: "authentication", 404: "not_found", 422: "validation", 429: "overloaded", 503: "overloaded"}
+    kind = kinds.get(answer.status, "generation")
+    if request.path.startswith("/v1/"):
+        body: dict[str, Any] = {"error": {"message": answer.message, "type": kind, "code": answer.status}}
+    else:
+        body = {"error": answer.message, "error_type": kind}
+    headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
+    return web.json_response(body, status=answer.status, headers=headers)

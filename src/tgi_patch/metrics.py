@@ -1,0 +1,52 @@
+"""What the front door counts, for Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+MAX_ADAPTER_LABELS = 200
+"""Adapters that get a label of their own; the requests of others are counted together as "other"."""
+GAUGES = {
+    "adapters": "Adapters that are known",
+    "slots": "Slots for adapters on the device",
+    "slots_used": "Slots that hold an adapter",
+    "slot_bytes": "Bytes of the slots",
+    "host_bytes": "Bytes of packed adapters in host memory",
+    "loads": "Adapters copied into a slot since the start",
+    "hits": "Adapters found in a slot since the start",
+    "evictions": "Adapters that lost their slot since the start",
+    "streamed": "Forwards that read an adapter from the host, as no slot was free",
+    "load_seconds": "Seconds spent on loads since the start",
+    "loaded_bytes": "Bytes copied into slots since the start",
+}
+
+
+class Metrics:
+    """The front door's own metrics. `text` adds those of the first shard."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._asked = Counter("preft_requests", "Requests passed on", ["adapter"], registry=self._registry)
+        self._answered = Counter("preft_refused", "Requests answered here", ["status"], registry=self._registry)
+        self.in_flight = Gauge("preft_requests_in_flight", "Requests being served", registry=self._registry)
+        self._shard = {name: Gauge(f"preft_{name}", text, registry=self._registry) for name, text in GAUGES.items()}
+        self._labels: set[str] = set()
+
+    def asked(self, adapter: str | None) -> None:
+        """Counts a request that is passed on. None is the base model."""
+        label = adapter or "__base__"
+        if label not in self._labels:
+            if len(self._labels) >= MAX_ADAPTER_LABELS:
+                label = "other"
+            else:
+                self._labels.add(label)
+        self._asked.labels(label).inc()
+
+    def answered(self, status: str) -> None:
+        """Counts a request that was not."""
+        self._answered.labels(status).inc()
+
+    def text(self, statistics: dict[str, float]) -> bytes:
+        """Returns all in Prometheus' text format."""
+        for name, gauge in self._shard.items():
+            if name in statistics:
+                gauge.set(statistics[name])
+        return generate_latest(self._registry)
