@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from preft_core.config import AdapterError
 from preft_core.manifest import name_fault
@@ -83,7 +89,7 @@ class Fleet:
                 answers = await self._all({"op": "list"})
             except OSError:
                 return False
-            self.ready = answers[0].get("adapters", {})
+            self.ready = dict(answers[0].get("adapters", {}))
             self.started = all(answer.get("ok") for answer in answers)
         elif not self._settings.active:
             self.started = True
@@ -120,13 +126,15 @@ class Fleet:
         reason = name_fault(name)
         if reason is not None or name in self.base_ids | self._others:
             raise NotAccepted(Answer(422, f"adapter id {name!r}: {reason or 'it stands for something else already'}"))
-        if name not in self._loading:
-            task = asyncio.create_task(self._load(name, location))
-            self._loading[name] = task
-        await asyncio.shield(self._loading[name])
-        refused = self._refused.get(name)
-        if name not in self.ready and refused is not None:
-            raise NotAccepted(refused[1])
+        if name not in self.ready and name not in self._loading:
+            self._refused.pop(name, None)
+            self._loading[name] = asyncio.create_task(self._load(name, location))
+        if name in self._loading:
+            await asyncio.shield(self._loading[name])
+        if name not in self.ready:
+            refused = self._refused.get(name)
+            gone = Answer(503, f"adapter {name!r} was removed meanwhile: ask again", RETRY_AFTER_S)
+            raise NotAccepted(refused[1] if refused is not None else gone)
         known = str(self.ready.get(name, {}).get("location", location))
         if location not in (known, known.partition("@")[0]):
             raise NotAccepted(Answer(409, f"adapter {name!r} is {known} already: remove it first"))
@@ -268,8 +276,13 @@ def _answer_to(name: str, refusal: dict[str, Any]) -> Answer:
 def _classified(name: str, error: AdapterError) -> Answer:
     """Returns 404 for what the Hub does not have, 503 for a Hub that cannot be reached, 422 for a bad adapter."""
     cause = error.__cause__
-    if isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError)):
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    # what huggingface_hub says when it cannot reach the Hub is an EntryNotFoundError too
+    offline = isinstance(cause, LocalEntryNotFoundError)
+    missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError))
+    if not offline and (missing or status in {401, 403}):
         return Answer(404, f"adapter {name!r}: {error}")
-    if cause is not None and not isinstance(cause, (ValueError, KeyError, UnicodeError)):
+    passing = not isinstance(cause, (ValueError, KeyError, UnicodeError, FileNotFoundError, NotADirectoryError))
+    if offline or (cause is not None and passing):
         return Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S)
     return Answer(422, f"adapter {name!r}: {error}")

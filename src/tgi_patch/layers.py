@@ -5,8 +5,12 @@ TGI's modules are imported inside of functions: this module can be read, and its
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
+from preft_core.config import MAX_CONFIG_BYTES, parse_json, read_limited
 from tgi_patch import engine
 from tgi_patch.places import SITE, fix_layer_names
 from tgi_patch.routing import TICKET, add_linear, current
@@ -127,9 +131,7 @@ def lora_config_load(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(cls: Any, adapter_id: str, api_token: Any) -> Any:
         if engine.fixes("options"):
-            from peft import PeftConfig
-
-            faults = lora_faults(PeftConfig.from_pretrained(adapter_id, token=api_token).to_dict())
+            faults = lora_faults(_config_of(adapter_id, api_token))
             if faults:
                 raise ValueError(
                     f"LORA_ADAPTERS: {adapter_id} would be served wrong: {'; '.join(faults)}; retrain it without, or "
@@ -142,7 +144,7 @@ def lora_config_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def lora_faults(config: dict[str, Any]) -> list[str]:
     """Returns what TGI 3.3.7 ignores of a LoRA's adapter_config."""
-    peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    peft_type = config.get("peft_type")
     faults = [] if peft_type == "LORA" else [f"peft_type is {peft_type}, and it must be LORA"]
     faults += [
         f"{name} is {config[name]!r}"
@@ -181,6 +183,15 @@ def model_with_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return loaded
+
+
+def _config_of(adapter_id: str, token: Any) -> dict[str, Any]:
+    """Returns the adapter_config.json of a directory or a repository."""
+    file = Path(adapter_id) / "adapter_config.json"
+    if not file.exists():
+        file = Path(hf_hub_download(adapter_id, "adapter_config.json", token=token))
+    config = parse_json(read_limited(file, MAX_CONFIG_BYTES), str(file))
+    return config if isinstance(config, dict) else {}
 
 
 def _has_lora(layer: Any, adapter_data: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ class Settings:
     max_adapters: int = 1024
     max_bytes: int = 4 << 30
     base_models: tuple[str, ...] = ()
-    control: Path = Path("/tmp/preft-tgi")
+    control: Path = Path(tempfile.gettempdir()) / "preft-tgi"
     admin_token: str = field(default="", repr=False)
     fixes: tuple[str, ...] = FIXES
 
@@ -112,7 +113,7 @@ def parse_adapters(text: str) -> dict[str, str]:
     faults = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         match = _ENTRY.fullmatch(entry)
-        if match is None:
+        if match is None or entry.count("=") > 1 or entry.count("@") > 1:
             faults.append(f"{entry!r} is not id, id=place or id=place@revision")
             continue
         name, place, revision = match.groups()
