@@ -1,10 +1,12 @@
 """What an operator sets: one table of cases that are taken, one of those that are refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from preft_core.layout import Bucket
+from tgi_patch import patches
 from tgi_patch.settings import FIXES, SettingsError, parse_adapters, read_settings
 
 
@@ -71,3 +73,13 @@ def test_all_faults_are_said_at_once():
 def test_the_grammar_of_tgi():
     assert parse_adapters("") == {}
     assert parse_adapters("org/a@v2,local=/d/e") == {"org/a": "org/a@v2", "local": "/d/e"}
+
+
+def test_the_docs_name_every_variable_fix_and_seam():
+    root = Path(__file__).parents[2]
+    docs = (root / "docs" / "tgi.md").read_text()
+    source = (root / "src" / "tgi_patch" / "settings.py").read_text()
+    variables = set(re.findall(r"PREFT_[A-Z_]+", source)) - {"PREFT_PREFIX_CACHE", "PREFT_TGI_PYTHON", "PREFT_CACHE"}
+    targets = {seam.target.rpartition(":")[2] for seam in patches.SEAMS}
+    missing = [name for name in sorted(variables | set(FIXES) | targets) if f"`{name}" not in docs]
+    assert not missing
