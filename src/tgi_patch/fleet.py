@@ -5,47 +5,22 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from preft_core.config import AdapterError
 from preft_core.manifest import name_fault
 from preft_core.source import find_adapter
+from tgi_patch.answers import RETRY_AFTER_S, Answer, NotAccepted, answer_to, classified
 from tgi_patch.control import ask
 from tgi_patch.settings import Settings
 
 HUB_ID = re.compile(r"([\w][\w.-]*)/[\w][\w.-]*")
-RETRY_AFTER_S = 2
 REFUSED_FOR_S = 60.0
 """Seconds that a refusal is remembered, so that a bad adapter is not downloaded for every request."""
 FAILED_FOR_S = 5.0
 """Seconds that a failure which may pass, as of the network, is remembered."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Why a request for an adapter is not passed on: an HTTP status and a message."""
-
-    status: int
-    message: str
-    retry_after_s: int | None = None
-
-
-class NotAccepted(Exception):
-    """A request that is answered here. `answer` says how."""
-
-    def __init__(self, answer: Answer):
-        super().__init__(answer.message)
-        self.answer = answer
 
 
 class Fleet:
@@ -81,6 +56,10 @@ class Fleet:
         self._idle = asyncio.Condition()
         self._changes = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        # loaded because a request named them: id -> when it was last used
+        self._lazy: dict[str, float] = {}
+        # downloads have threads of their own, so that a slow Hub does not keep the shards from being asked
+        self._downloads = ThreadPoolExecutor(4, thread_name_prefix="preft-download")
 
     async def start(self) -> bool:
         """Asks the shards what they know. Returns whether they are up."""
@@ -108,6 +87,8 @@ class Fleet:
             return
         self._check(name)
         self._in_flight[name] += 1
+        if name in self._lazy:
+            self._lazy[name] = time.monotonic()
         try:
             yield name
         finally:
@@ -155,6 +136,10 @@ class Fleet:
             await task
         return at_once
 
+    def names(self) -> list[str]:
+        """Returns the ids that may be asked for: the base model's own, then those of adapters."""
+        return [*sorted(self.base_ids - {"", "tgi"}), *sorted((self.ready.keys() - self._leaving) | self._others)]
+
     async def statistics(self) -> dict[str, float]:
         """Returns the counts of the first shard; empty while it is not up."""
         try:
@@ -168,6 +153,7 @@ class Fleet:
         for task in [*self._tasks, *self._loading.values()]:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._loading.values(), return_exceptions=True)
+        self._downloads.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, name: str) -> None:
         if name in self._others:
@@ -190,26 +176,37 @@ class Fleet:
                 Answer(404, f"adapter {name!r} is not known, and adapters of {match[1]!r} are not loaded from the Hub")
             )
         if len(self.ready) + len(self._loading) >= self._settings.max_adapters:
-            raise NotAccepted(Answer(404, f"adapter {name!r} is not known, and no more adapters are taken"))
+            self._make_room(name)
+        self._lazy[name] = time.monotonic()
         self._loading[name] = asyncio.create_task(self._load(name, name))
         raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
+
+    def _make_room(self, name: str) -> None:
+        """Lets the adapter go that was loaded on demand, is in no request, and was not used for longest."""
+        idle = [n for n in self._lazy if n in self.ready and n not in self._leaving and not self._in_flight[n]]
+        if not idle:
+            raise NotAccepted(Answer(503, f"adapter {name!r}: no more adapters are taken now", RETRY_AFTER_S))
+        oldest = min(idle, key=self._lazy.__getitem__)
+        self._leaving.add(oldest)
+        self._spawn(self._forget(oldest))
 
     async def _load(self, name: str, location: str) -> None:
         """Downloads an adapter, hands it to all shards, and remembers the outcome. Never raises."""
         try:
-            source = await asyncio.to_thread(find_adapter, location)
-            await asyncio.to_thread(source.fetch)
+            loop = asyncio.get_running_loop()
+            source = await loop.run_in_executor(self._downloads, find_adapter, location)
+            await loop.run_in_executor(self._downloads, source.fetch)
             async with self._changes:
                 answers = await self._all({"op": "add", "name": name, "location": source.location}, timeout_s=300.0)
                 bad = next((answer for answer in answers if not answer["ok"]), None)
                 if bad is not None:
                     await self._withdraw(name, answers)
-                    raise NotAccepted(_answer_to(name, bad))
+                    raise NotAccepted(answer_to(name, bad))
                 listed = await self._all({"op": "list"})
             self.ready[name] = listed[0]["adapters"][name]
             self._refused.pop(name, None)
         except AdapterError as error:
-            self._remember(name, _classified(name, error))
+            self._remember(name, classified(name, error))
         except NotAccepted as error:
             self._remember(name, error.answer)
         except (OSError, ValueError, KeyError) as error:
@@ -233,6 +230,7 @@ class Fleet:
                 await self._all({"op": "remove", "name": name})
             finally:
                 self.ready.pop(name, None)
+                self._lazy.pop(name, None)
                 self._leaving.discard(name)
 
     async def _notify(self) -> None:
@@ -250,6 +248,7 @@ class Fleet:
     def _remember(self, name: str, answer: Answer) -> None:
         for_s = FAILED_FOR_S if answer.status == 503 else REFUSED_FOR_S
         now = time.monotonic()
+        self._lazy.pop(name, None)
         self._refused = {n: entry for n, entry in self._refused.items() if entry[0] > now}
         if len(self._refused) < 10_000:
             self._refused[name] = (now + for_s, answer)
@@ -264,25 +263,3 @@ class Fleet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _answer_to(name: str, refusal: dict[str, Any]) -> Answer:
-    """Returns the answer to a request whose adapter a shard did not take."""
-    status = {"taken": 409, "unknown": 404, "refused": 422}.get(refusal["kind"], 503)
-    retry = RETRY_AFTER_S if status == 503 else None
-    return Answer(status, f"adapter {name!r}: {refusal['error']}", retry)
-
-
-def _classified(name: str, error: AdapterError) -> Answer:
-    """Returns 404 for what the Hub does not have, 503 for a Hub that cannot be reached, 422 for a bad adapter."""
-    cause = error.__cause__
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    # what huggingface_hub says when it cannot reach the Hub is an EntryNotFoundError too
-    offline = isinstance(cause, LocalEntryNotFoundError)
-    missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError))
-    if not offline and (missing or status in {401, 403}):
-        return Answer(404, f"adapter {name!r}: {error}")
-    passing = not isinstance(cause, (ValueError, KeyError, UnicodeError, FileNotFoundError, NotADirectoryError))
-    if offline or (cause is not None and passing):
-        return Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S)
-    return Answer(422, f"adapter {name!r}: {error}")

@@ -15,7 +15,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from tgi_patch.fleet import Answer, Fleet, NotAccepted
+from tgi_patch.answers import Answer, NotAccepted
+from tgi_patch.fleet import Fleet
 from tgi_patch.metrics import Metrics
 
 GENERATE = ("/", "/generate", "/generate_stream", "/invocations")
@@ -207,8 +208,7 @@ class FrontDoor:
             return _said(request, Answer(502, f"TGI's router does not answer: {error}", 5))
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        names = [*sorted(self._fleet.base_ids - {"", "tgi"}), *sorted(self._fleet.ready)]
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in names]
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in self._fleet.names()]
         return web.json_response({"object": "list", "data": models})
 
     async def _health(self, request: web.Request) -> web.StreamResponse:

@@ -94,7 +94,7 @@ def test_what_is_known_passes_unchanged():
             response = await client.post("/v1/chat/completions", json={"model": "acme", "messages": []})
             assert response.status == 200
             models = await (await client.get("/v1/models")).json()
-            assert [model["id"] for model in models["data"]] == ["meta/base", "acme"]
+            assert [model["id"] for model in models["data"]] == ["meta/base", "acme", "all-token"]
 
     run(check())
 
@@ -226,6 +226,22 @@ def test_adapters_of_allowed_organisations_are_loaded_when_they_are_asked_for(mo
             response = await generate(client, "acme/nan")
             assert (response.status, "not finite" in await response.text()) == (422, True)
             assert all("acme/nan" not in known for known in shards.known)
+
+    run(check())
+
+
+def test_the_longest_unused_goes_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(fleet_module, "find_adapter", Source)
+
+    async def check():
+        shards = Shards()
+        async with door(shards, lazy(max_adapters=3)) as client:
+            for name in ("acme/one", "acme/two", "acme/one", "acme/three"):
+                while (await generate(client, name)).status == 503:
+                    await asyncio.sleep(0.01)
+            # the listed one and the one that was used again stay
+            assert sorted(shards.known[0]) == ["acme", "acme/one", "acme/three"]
+            assert (await generate(client, "acme/one")).status == 200
 
     run(check())
 
