@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import TGI_PYTHON
+from ..hub.server import Hub
 from .world import SOURCES, make_world, some_ids
 
 pytestmark = pytest.mark.tgi
@@ -196,3 +197,49 @@ def test_a_stop_lets_requests_end():
         service.process.send_signal(signal.SIGTERM)
         assert running.result() == (200, service.world.expected("edit", ids, 40))
     assert service.process.wait(timeout=30) == 0
+
+
+def files_of(path):
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+
+
+def test_adapters_from_the_hub(tmp_path):
+    world = make_world("llama")
+    ids = some_ids(8, 15)
+    with Hub() as hub:
+        for name in ("wide", "edit", "few"):
+            hub.put(f"acme/{name}", files_of(world.crowd.paths[name]))
+        hub.put("other/wide", files_of(world.crowd.paths["wide"]))
+        broken = files_of(world.crowd.paths["wide"]) | {"adapter_model.safetensors": b"not a tensor"}
+        hub.put("acme/broken", broken)
+        service = Service(
+            world,
+            HF_ENDPOINT=hub.endpoint,
+            HF_HUB_OFFLINE="0",
+            HF_HUB_DISABLE_XET="1",
+            HF_HOME=str(tmp_path / "home"),
+            PREFT_ADAPTERS="tone=acme/wide@main,acme/edit",
+            PREFT_RESERVE="lora:16,lora:8",
+            PREFT_ADAPTER_SOURCE="hub",
+            PREFT_ALLOWED_ORGS="acme",
+        )
+        try:
+            assert service.generate(ids, "tone") == (200, service.world.expected("wide", ids, 6))
+            assert service.generate(ids, "acme/edit") == (200, service.world.expected("edit", ids, 6))
+            # nobody named it before: it is loaded, and then it is there
+            deadline = time.monotonic() + 20
+            while (answer := service.generate(ids, "acme/few"))[0] == 503 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert answer == (200, service.world.expected("few", ids, 6))
+            assert service.generate(ids, "other/wide")[0] == 404
+            for name, status in (("acme/broken", 422), ("acme/nothing", 404)):
+                while (answer := service.generate(ids, name))[0] == 503 and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                assert answer[0] == status, answer
+            # the Hub goes away: what is known is served, what is not is said
+            hub.fault("resolve", "500")
+            status, answer = service.generate(ids, "acme/late")
+            assert status == 503
+            assert service.generate(ids, "tone") == (200, service.world.expected("wide", ids, 6))
+        finally:
+            assert service.close() == 0, service.log.read_text()[-3000:]
