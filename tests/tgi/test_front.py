@@ -93,6 +93,7 @@ def test_what_is_known_passes_unchanged():
             assert response.content_type == "text/event-stream"
             response = await client.post("/v1/chat/completions", json={"model": "acme", "messages": []})
             assert response.status == 200
+            assert (await client.options("/generate")).status == 200
             models = await (await client.get("/v1/models")).json()
             assert [model["id"] for model in models["data"]] == ["meta/base", "acme", "all-token"]
 
