@@ -90,7 +90,8 @@ class FrontDoor:
         for path in PASSED_GET:
             application.router.add_get(path, self._passed)
         # a browser's question before a request to another origin: the router answers it
-        application.router.add_route("OPTIONS", "/{path:.*}", self._passed)
+        for path in (*GENERATE, *OPENAI, *ALONGSIDE):
+            application.router.add_route("OPTIONS", path, self._passed)
         application.router.add_get("/v1/models", self._models)
         application.router.add_get("/health", self._health)
         application.router.add_get("/metrics", self._metrics)
