@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import tempfile
 from contextlib import contextmanager
@@ -125,7 +126,12 @@ def serving(
     """Runs a patched server that knows the world's adapters."""
     sockets = tempfile.mkdtemp(prefix="preft-s-")
     adapters = ",".join(f"{name}={path}" for name, path in world.crowd.paths.items())
-    environment = {"ATTENTION": attention, "PREFIX_CACHING": "0", "PREFT_ADAPTERS": adapters} | variables
+    with socket.socket() as free:
+        # tests of several shards may run side by side
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"ATTENTION": attention, "PREFIX_CACHING": "0", "PREFT_ADAPTERS": adapters, "MASTER_PORT": port}
+    environment |= variables
     setting = {
         "model": str(world.model),
         "sockets": sockets,
