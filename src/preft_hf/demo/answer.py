@@ -13,7 +13,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     responses: list[str] = []
     for i in range(0, len(prompts), batch_size):
-        batch = tokenizer(list(prompts[i : i + batch_size]), return_tensors="pt", padding=True)
+        batch = tokenizer(list(prompts[i : i + batch_size]), return_tensors="pt", padding=True).to(model.device)
         output = model.generate(
             **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )

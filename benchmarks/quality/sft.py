@@ -1,0 +1,91 @@
+"""One supervised run: the same loop for every method, so that only the adapter differs."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from preft_hf.data import Sample, collate
+
+BATCH = 8
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def train(
+    model: Any,
+    samples: Sequence[Sample],
+    pad: int,
+    num_steps: int,
+    learning_rate: float,
+    seed: int,
+    tick: Callable[[float], None] = lambda loss: None,
+) -> tuple[list[float], float]:
+    """Trains the adapter in place: AdamW, warm-up over a tenth of the steps, then a linear fall to zero.
+
+    Args:
+        tick: called after every step with its loss
+    Returns:
+        the losses of all steps, in nats a response token, and the seconds taken; the losses end where one is not
+        finite.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
+    warm_up = max(1, num_steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (num_steps - step) / (num_steps - warm_up + 1))
+    )
+    rows = _order(len(samples), num_steps * BATCH, seed)
+    losses, began = [], time.perf_counter()
+    model.train()
+    for step in range(num_steps):
+        chosen = [samples[i] for i in rows[step * BATCH : (step + 1) * BATCH]]
+        batch = {name: tensor.to(model.device) for name, tensor in collate(chosen, pad).items()}
+        loss = model(**batch).loss
+        losses.append(float(loss))
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        tick(losses[-1])
+    return losses, time.perf_counter() - began
+
+
+@torch.no_grad()
+def evaluate(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, Any]:
+    """Returns the mean loss over response tokens, per row and by distance from the prompt, in nats a token.
+
+    Keys: loss; row_losses; by_distance, from a bucket's first distance (1 is the first response token) to
+    [sum of losses, number of tokens].
+    """
+    model.eval()
+    row_losses, total, count = [], 0.0, 0
+    by_distance = {first: [0.0, 0] for first in BUCKETS}
+    for i in range(0, len(samples), BATCH):
+        batch = {name: tensor.to(model.device) for name, tensor in collate(samples[i : i + BATCH], pad).items()}
+        logits = model(**batch).logits[:, :-1].float()
+        labels = batch["labels"][:, 1:]
+        losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        for row, target in zip(losses, labels, strict=True):
+            values = row[target != -100].double().cpu()
+            row_losses.append(float(values.mean()))
+            total, count = total + float(values.sum()), count + len(values)
+            for first, last in zip(BUCKETS, [*BUCKETS[1:], None], strict=True):
+                part = values[first - 1 : None if last is None else last - 1]
+                by_distance[first][0] += float(part.sum())
+                by_distance[first][1] += len(part)
+    return {"loss": total / count, "row_losses": row_losses, "by_distance": by_distance}
+
+
+def _order(num_rows: int, num_wanted: int, seed: int) -> list[int]:
+    """Returns row numbers: whole passes over the rows, each in an order of its own."""
+    shuffle, rows = random.Random(seed), []
+    while len(rows) < num_wanted:
+        rows += shuffle.sample(range(num_rows), num_rows)
+    return rows[:num_wanted]

@@ -1,0 +1,37 @@
+"""Results of finished runs in one JSON file per device: a run that is there is not done again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
+
+Result = dict[str, Any]
+
+
+class Store:
+    """The runs of one device. A key says all that decides a result; results are written as they come."""
+
+    def __init__(self, file: Path, environment: dict[str, str]):
+        self.file = file
+        self._data: dict[str, Any] = {"environment": environment, "runs": {}}
+        if file.exists():
+            self._data["runs"] = json.loads(file.read_text())["runs"]
+
+    @staticmethod
+    def key(**facts: Any) -> str:
+        """Returns the key of a run: `part=sft task=cities rank=4 ...`."""
+        return " ".join(f"{name}={value}" for name, value in facts.items())
+
+    def get(self, key: str) -> Result | None:
+        """Returns what a finished run left, or None."""
+        return self._data["runs"].get(key)
+
+    def put(self, key: str, result: Result) -> Result:
+        """Keeps a finished run's result, on disk before it returns."""
+        self._data["runs"][key] = result
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._data, indent=1) + "\n")
+        partial.replace(self.file)
+        return result
