@@ -48,13 +48,13 @@ class Lease:
         self.release()
 
 
-def unknown_names(unknown: Sequence[str], known: Iterable[str]) -> str:
-    """Returns the message for adapter names that nobody knows: the names, and up to 20 that are known."""
+def unknown_names(unknown: Sequence[str], known: Iterable[str], base: str = BASE_NAME) -> str:
+    """Returns the message for adapter names that nobody knows: the names, up to 20 that are known, and the base's."""
     names = sorted(known)
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (
         f"adapter {', '.join(map(repr, unknown))} is not known; known are {', '.join(names[:20]) or 'none'}{more}, "
-        f"and {BASE_NAME!r} for no adapter"
+        f"and {base!r} for no adapter"
     )
 
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -170,3 +171,27 @@ def _bytes_of(api: HfApi, url: str, begin: int, end: int) -> bytes:
     if response.status_code != 206 or len(data) != end - begin:
         raise AdapterError(f"{url}: the server did not answer with the bytes {begin} to {end} that were asked for")
     return data
+
+
+def find_all(locations: Mapping[str, str], fetch: bool = False) -> dict[str, AdapterSource]:
+    """Returns a source for each name -> location, several looked up at once; with fetch, downloaded too.
+
+    Raises:
+        AdapterError: adapters that cannot be had, all in one message.
+    """
+
+    def find(item: tuple[str, str]) -> AdapterSource | str:
+        try:
+            source = find_adapter(item[1])
+            if fetch:
+                source.fetch()
+        except AdapterError as error:
+            return f"{item[0]!r}: {error}"
+        return source
+
+    with ThreadPoolExecutor(8) as threads:
+        found = dict(zip(locations, threads.map(find, locations.items()), strict=True))
+    faults = [fault for fault in found.values() if isinstance(fault, str)]
+    if faults:
+        raise AdapterError("adapters that cannot be had: " + "; ".join(faults))
+    return {name: source for name, source in found.items() if isinstance(source, AdapterSource)}

@@ -1,20 +1,21 @@
 """The state of one patched server process: its settings, the loaded model's places, the adapters that it knows."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from preft_core.config import AdapterError
-from preft_core.source import AdapterSource, find_adapter
+import torch
+
+from preft_core.source import find_all
 from tgi_patch.control import ControlServer
 from tgi_patch.places import SITE, UnsupportedModel, find_places, modules_of
+from tgi_patch.prefixes import OWNER, Found, PrefixCache, num_blocks
 from tgi_patch.registry import Registry, Ticket, UnknownAdapter
 from tgi_patch.routing import TICKET, current, edit_block, prefill_rows, routed, visible, warm_route
-from tgi_patch.settings import Settings, SettingsError
+from tgi_patch.settings import BASE_IDS, Settings, SettingsError, check_prefix_caching
 
-BASE_IDS = {"", "tgi", "__base_model__"}
-"""Adapter ids that stand for the base model, beside the served model's own."""
+PREFIX_ATTENTION = ("flashinfer", "flashdecoding", "flashdecoding-ipex")
+"""Of TGI's kinds of attention those that read a prompt's earlier tokens from the KV cache."""
 
 
 class Served:
@@ -31,6 +32,78 @@ class Served:
         self.registry = registry
         self._base_ids = {*BASE_IDS, model_id, *settings.base_models}
         self._warming = False
+        self._model: Any = None
+
+    def reserve_prefixes(self, model: Any) -> None:
+        """Allocates the blocks of the prefix cache, if one is wanted, before TGI sizes its own from what is left.
+
+        Raises:
+            RuntimeError: they do not fit.
+        """
+        if self.registry is None or not self.settings.prefix_tokens:
+            return
+        from text_generation_server.models.globals import BLOCK_SIZE  # pyright: ignore[reportMissingImports]
+
+        blocks = num_blocks(self.settings.prefix_tokens, BLOCK_SIZE)
+        sizes = (model.num_layers, model.num_kv_heads, model.head_size)
+        try:
+            model.init_kv_cache(blocks, *sizes, model.kv_cache_dtype, model.device)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"the KV of PREFT_PREFIX_TOKENS={self.settings.prefix_tokens} tokens does not fit beside the model: "
+                "lower it"
+            ) from error
+        self._model = model
+        layers, model.kv_cache = [(layer.key, layer.value) for layer in model.kv_cache], []
+        self.registry.prefixes = PrefixCache(layers, BLOCK_SIZE)
+
+    def owner(self, request: Any, ticket: Ticket | None) -> str:
+        """Returns whose KV a request's prompt makes. Keys of the pool are never used again for another adapter."""
+        if ticket is not None:
+            return f"preft:{ticket.key}"
+        return "base" if request.adapter_id in self._base_ids else f"lora:{request.adapter_id}"
+
+    def find_prefixes(self, requests: Sequence[Any], tickets: Sequence[Ticket | None], inputs: Any) -> list[Found]:
+        """Finds the beginnings of prompts in the prefix cache, and tells the requests that they need not be computed.
+
+        Not for a request that wants the prompt's log-probabilities, nor for one without blocks, as in warm-up.
+
+        Args:
+            inputs: the token ids of each request
+        """
+        prefixes = None if self.registry is None else self.registry.prefixes
+        if prefixes is None:
+            return []
+        everything = []
+        for request, ticket, tokens in zip(requests, tickets, inputs, strict=True):
+            found = Found()
+            if request.blocks and not request.prefill_logprobs:
+                found = prefixes.find(self.owner(request, ticket), tokens)
+                request.cache_len = found.num_tokens
+                if request.HasField("chunk_len"):
+                    request.chunk_len = min(request.chunk_len, len(tokens) - found.num_tokens)
+            everything.append(found)
+        return everything
+
+    def fill_prefixes(self, batch: Any, found: Sequence[Found]) -> None:
+        """Copies what was found into the blocks of a batch's requests."""
+        if self.registry is not None and self.registry.prefixes is not None:
+            for beginning, blocks in zip(found, batch.block_tables, strict=True):
+                self.registry.prefixes.fill(beginning, self._model.kv_cache, blocks)
+
+    def keep_prefixes(self, batch: Any, before: Sequence[bool]) -> None:
+        """Keeps the prompts that a forward finished.
+
+        Args:
+            before: which requests of the batch were in prefill before the forward
+        """
+        if self._warming or self.registry is None or self.registry.prefixes is None:
+            return
+        for i, (began, goes_on) in enumerate(zip(before, batch.prefilling_mask, strict=True)):
+            owner = getattr(batch.stopping_criterias[i], OWNER, None)
+            if began and not goes_on and owner is not None:
+                tokens = batch.all_input_ids[i][: batch.prompt_lengths[i]]
+                self.registry.prefixes.keep(owner, tokens, self._model.kv_cache, batch.block_tables[i])
 
     def ticket(self, request: Any) -> Ticket | None:
         """Returns a hold on a request's PreFT adapter; None for the base model and TGI's own adapters.
@@ -105,9 +178,9 @@ def attach(model: Any) -> Served:
     settings = _Process.settings
     registry = None
     if settings.active:
-        _check_model(model)
+        _check_model(model, settings)
         places = find_places(model.model, model.config, model.rank, model.world_size)
-        sources = _sources(settings)
+        sources = find_all(settings.adapters)
         registry = Registry(places, settings, model.model_id, sources, device=model.device, dtype=model.dtype)
         for module, site in modules_of(places):
             setattr(module, SITE, site)
@@ -140,34 +213,18 @@ def _own_adapters() -> set[str]:
     return set(get_adapter_to_index() or ())
 
 
-def _sources(settings: Settings) -> dict[str, AdapterSource]:
-    """Reads the configs of the listed adapters, several at once, and says all faults together."""
-
-    def find(item: tuple[str, str]) -> AdapterSource | str:
-        try:
-            return find_adapter(item[1])
-        except AdapterError as error:
-            return f"{item[0]!r}: {error}"
-
-    with ThreadPoolExecutor(8) as threads:
-        found = dict(zip(settings.adapters, threads.map(find, settings.adapters.items()), strict=True))
-    faults = [fault for fault in found.values() if isinstance(fault, str)]
-    if faults:
-        raise AdapterError("adapters that cannot be had: " + "; ".join(faults))
-    return {name: source for name, source in found.items() if isinstance(source, AdapterSource)}
-
-
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, settings: Settings) -> None:
     kind = type(model).__name__
     if kind != "FlashCausalLM":
         raise UnsupportedModel(
             f"TGI serves this model as {kind}, where PreFT adapters have no path: they are for text models that TGI "
             "serves as FlashCausalLM; unset PREFT_ADAPTERS, or PREFT_DISABLE=1 to serve the model alone"
         )
-    from text_generation_server.models.globals import PREFIX_CACHING  # pyright: ignore[reportMissingImports]
+    from text_generation_server.models.globals import ATTENTION, PREFIX_CACHING  # pyright: ignore[reportMissingImports]
 
-    if PREFIX_CACHING:
+    check_prefix_caching(str(int(PREFIX_CACHING)))
+    if settings.prefix_tokens and ATTENTION not in PREFIX_ATTENTION:
         raise SettingsError(
-            "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: start with PREFIX_CACHING=0 "
-            "in the launcher's environment, as `python -m tgi_patch serve` does"
+            f"PREFT_PREFIX_CACHE is set and ATTENTION is {ATTENTION}, which computes a prompt without reading the KV "
+            f"cache: use {' or '.join(PREFIX_ATTENTION)}, or leave PREFT_PREFIX_CACHE out"
         )

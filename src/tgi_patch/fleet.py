@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from preft_core.config import AdapterError
+from preft_core.lease import unknown_names
 from preft_core.manifest import name_fault
 from preft_core.source import find_adapter
 from tgi_patch.answers import RETRY_AFTER_S, Answer, NotAccepted, answer_to, classified
 from tgi_patch.control import ask
-from tgi_patch.settings import Settings
+from tgi_patch.settings import BASE_IDS, Settings
 
 HUB_ID = re.compile(r"([\w][\w.-]*)/[\w][\w.-]*")
 REFUSED_FOR_S = 60.0
@@ -45,7 +46,7 @@ class Fleet:
         self._settings = settings
         self._world_size = world_size
         self._ask = ask
-        self.base_ids = {"", "tgi", *base_ids}
+        self.base_ids = {*BASE_IDS, *base_ids}
         self._others = others
         self.ready: dict[str, dict[str, Any]] = {}
         self.started = False
@@ -138,7 +139,7 @@ class Fleet:
 
     def names(self) -> list[str]:
         """Returns the ids that may be asked for: the base model's own, then those of adapters."""
-        return [*sorted(self.base_ids - {"", "tgi"}), *sorted((self.ready.keys() - self._leaving) | self._others)]
+        return [*sorted(self.base_ids - BASE_IDS), *sorted((self.ready.keys() - self._leaving) | self._others)]
 
     async def statistics(self) -> dict[str, float]:
         """Returns the counts of the first shard; empty while it is not up."""
@@ -254,9 +255,7 @@ class Fleet:
             self._refused[name] = (now + for_s, answer)
 
     def _unknown(self, name: str) -> Answer:
-        names = sorted(set(self.ready) - self._leaving | self._others)
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        return Answer(404, f"adapter {name!r} is not known; known are {', '.join(names[:20]) or 'none'}{more}")
+        return Answer(404, unknown_names([name], set(self.ready) - self._leaving | self._others, "tgi"))
 
     def _spawn(self, work: Any) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)

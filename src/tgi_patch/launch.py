@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tgi_patch import engine, patches
 from tgi_patch.seam import Applied, apply
-from tgi_patch.settings import Settings, SettingsError, read_settings
+from tgi_patch.settings import Settings, SettingsError, check_prefix_caching, read_settings
 
 
 def server(arguments: Sequence[str] | None = None) -> None:
@@ -37,11 +37,8 @@ def patch(settings: Settings) -> Applied:
         PatchError: the server is not TGI 3.3.7 as it was read; nothing is patched.
         SettingsError: PREFIX_CACHING is on.
     """
-    if settings.active and os.environ.get("PREFIX_CACHING", "").lower() in {"1", "true"}:
-        raise SettingsError(
-            "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: set PREFIX_CACHING=0 for the "
-            "launcher, as `python -m tgi_patch serve` does"
-        )
+    if settings.active:
+        check_prefix_caching(os.environ.get("PREFIX_CACHING", ""))
     applied = apply(patches.ALL)
     engine.configure(settings)
     return applied

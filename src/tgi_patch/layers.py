@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 
 from preft_core.config import MAX_CONFIG_BYTES, parse_json, read_limited
 from tgi_patch import engine
 from tgi_patch.places import SITE, fix_layer_names
+from tgi_patch.prefixes import OWNER
 from tgi_patch.routing import TICKET, add_linear, current
 
 
@@ -64,12 +66,18 @@ def from_tokenized(original: Callable[..., Any]) -> Callable[..., Any]:
     """Resolves each request's adapter, and refuses an unknown one where TGI would serve the base model."""
 
     @functools.wraps(original)
-    def resolved(cls: Any, pb: Any, *args: Any, **kwargs: Any) -> Any:
+    def resolved(cls: Any, pb: Any, tokenizer: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         served = engine.served()
-        tickets = [served.ticket(request) for request in pb.requests] if served is not None else []
-        batch = original(cls, pb, *args, **kwargs)
-        for criterion, ticket in zip(batch.stopping_criterias, tickets or [None] * len(batch), strict=True):
+        if served is None:
+            return original(cls, pb, tokenizer, inputs, *args, **kwargs)
+        tickets = [served.ticket(request) for request in pb.requests]
+        found = served.find_prefixes(pb.requests, tickets, inputs)
+        batch = original(cls, pb, tokenizer, inputs, *args, **kwargs)
+        for criterion, ticket, request in zip(batch.stopping_criterias, tickets, pb.requests, strict=True):
             setattr(criterion, TICKET, ticket)
+            setattr(criterion, OWNER, served.owner(request, ticket) if request.blocks else None)
+        if found:
+            served.fill_prefixes(batch, found)
         return batch
 
     return resolved
@@ -83,8 +91,10 @@ def generate_token(original: Callable[..., Any]) -> Callable[..., Any]:
         served = engine.served()
         if served is None or not batch.prefilling:
             return original(self, batch)
+        before = list(batch.prefilling_mask)
         with served.route(batch):
             result = original(self, batch)
+        served.keep_prefixes(batch, before)
         for criterion, prefilling in zip(batch.stopping_criterias, batch.prefilling_mask, strict=True):
             if not prefilling:
                 # the prompt is in the cache: its adapter is not needed any more
@@ -103,6 +113,7 @@ def warmup(original: Callable[..., Any]) -> Callable[..., Any]:
         if served is None:
             return original(self, *args, **kwargs)
         with served.warming():
+            served.reserve_prefixes(self)
             return original(self, *args, **kwargs)
 
     return warmed
@@ -209,6 +220,4 @@ def _all_reduce(tensor: Any, group: Any) -> None:
     if tensor_parallel.SYSTEM == "ipex" and tensor.device.type == "cpu":
         tensor_parallel.ipex.distributed.all_reduce(tensor, group=group)
     else:
-        import torch
-
         torch.distributed.all_reduce(tensor, group=group)

@@ -16,6 +16,11 @@ GAUGES = {
     "streamed": "Forwards that read an adapter from the host, as no slot was free",
     "load_seconds": "Seconds spent on loads since the start",
     "loaded_bytes": "Bytes copied into slots since the start",
+    "prefix_units": "Units of prompt KV that the prefix cache can keep",
+    "prefix_units_used": "Units of prompt KV that it keeps",
+    "prefix_asked_tokens": "Prompt tokens that were looked for in it since the start",
+    "prefix_hit_tokens": "Prompt tokens that were found in it since the start",
+    "prefix_evictions": "Units that made room since the start",
 }
 
 

@@ -11,9 +11,11 @@ import torch
 
 from preft_core.adapter import Adapter, AdapterConfig, AdapterError
 from preft_core.layout import Bucket, Layout, bucket_of, check_sites
+from preft_core.lease import unknown_names
 from preft_core.slots import SlotPool
-from preft_core.source import AdapterSource, find_adapter, hub_id
+from preft_core.source import AdapterSource, find_adapter
 from tgi_patch.places import Place, shard_adapter
+from tgi_patch.prefixes import PrefixCache
 from tgi_patch.settings import Settings
 
 
@@ -55,6 +57,7 @@ class Registry:
         device, dtype: of the model
     Attributes:
         streamed: how often a forward found no free slot for an adapter and read it from the host
+        prefixes: the prefix cache, None where there is none
     Raises:
         AdapterError: an adapter that does not fit the model; all faults in one message.
     """
@@ -96,6 +99,7 @@ class Registry:
         self._leaving: list[_Known] = []
         self._number = 0
         self.streamed = 0
+        self.prefixes: PrefixCache | None = None
         self._lock = threading.RLock()
         faults = []
         for name, source in sources.items():
@@ -180,6 +184,7 @@ class Registry:
             "streamed": self.streamed,
             "load_seconds": counters.load_seconds,
             "loaded_bytes": counters.bytes_loaded,
+            **({} if self.prefixes is None else self.prefixes.statistics()),
         }
 
     def _add(self, name: str, source: AdapterSource) -> None:
@@ -238,10 +243,9 @@ class Registry:
         accepted = (self._model_id, *self._settings.base_models)
         if base is None or base in accepted:
             return
-        hint = "set PREFT_BASE_MODEL to it if the served weights are the same" if hub_id(base) else ""
         raise AdapterError(
-            f"it was trained on {base!r} and the server has {', '.join(map(repr, accepted))}"
-            + (f": {hint}" if hint else ": set PREFT_BASE_MODEL if the served weights are the same")
+            f"it was trained on {base!r} and the server has {', '.join(map(repr, accepted))}: set PREFT_BASE_MODEL to "
+            "it if the served weights are the same"
         )
 
     def _sweep(self) -> None:
@@ -252,6 +256,4 @@ class Registry:
             self.pool.remove(known.key)
 
     def _unknown(self, name: str) -> str:
-        names = sorted(self._known)
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        return f"adapter {name!r} is not known; known are {', '.join(names[:20]) or 'none'}{more}"
+        return unknown_names([name], self._known, "tgi")

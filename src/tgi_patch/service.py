@@ -1,12 +1,12 @@
 """The whole service: adapters looked up once, TGI's launcher on an inner port, the front door on the public one."""
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 from aiohttp import web
 
 from preft_core.config import AdapterError
-from preft_core.source import find_adapter
+from preft_core.source import find_all
 from tgi_patch.fleet import Fleet
 from tgi_patch.front import FrontDoor
-from tgi_patch.settings import Settings, SettingsError, parse_adapters, read_settings
+from tgi_patch.settings import Settings, SettingsError, check_prefix_caching, parse_adapters, read_settings
 
 LAUNCHER = "text-generation-launcher"
 
@@ -77,11 +77,7 @@ def make_plan(settings: Settings, arguments: Sequence[str], environment: dict[st
     shards = given.get("--num-shard") or environment.get("NUM_SHARD") or ""
     environment = dict(environment, PORT=str(inner))
     if settings.active:
-        if environment.get("PREFIX_CACHING", "").lower() in {"1", "true"}:
-            raise SettingsError(
-                "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: leave it out, or "
-                "PREFT_DISABLE=1"
-            )
+        check_prefix_caching(environment.get("PREFIX_CACHING", ""))
         environment["PREFIX_CACHING"] = "0"
     command = [LAUNCHER, *rest, "--port", str(inner), "--hostname", "127.0.0.1"]
     return Plan(
@@ -103,26 +99,12 @@ def pinned(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
     """
     if not settings.active:
         return environment
-
-    def find(item: tuple[str, str]) -> tuple[str, str, str | None]:
-        name, location = item
-        try:
-            source = find_adapter(location)
-            source.fetch()
-            return name, source.location, None
-        except AdapterError as error:
-            return name, location, f"{name!r}: {error}"
-
-    with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(find, settings.adapters.items()))
-    faults = [fault for _, _, fault in found if fault is not None]
-    if faults:
-        raise AdapterError("adapters that cannot be had: " + "; ".join(faults))
+    found = find_all(settings.adapters, fetch=True)
     environment = {n: v for n, v in environment.items() if n not in {"PREFT_ADAPTERS", "PREFT_ADAPTERS_FILE"}}
     if found:
         settings.control.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = settings.control / "adapters.json"
-        places = {name: _absolute(location) for name, location, _ in found}
+        places = {name: _absolute(source.location) for name, source in found.items()}
         file.write_text(json.dumps({"adapters": places}))
         environment["PREFT_ADAPTERS_FILE"] = str(file)
     return environment
@@ -136,7 +118,9 @@ async def _run(settings: Settings, plan: Plan) -> int:
     await runner.setup()
     try:
         await web.TCPSite(runner, plan.host, plan.port).start()
-        launcher = await asyncio.create_subprocess_exec(*plan.command, env=plan.environment)
+        launcher = await asyncio.create_subprocess_exec(
+            *plan.command, env=plan.environment, preexec_fn=_end_with_parent if sys.platform == "linux" else None
+        )
     except OSError as error:
         print(f"preft: {error}", file=sys.stderr)
         await runner.cleanup()
@@ -158,6 +142,12 @@ async def _run(settings: Settings, plan: Plan) -> int:
         task.cancel()
     await runner.cleanup()
     return 0 if stopped.is_set() else status if status >= 0 else 128 - status
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end the launcher when this process is killed: its port would stay taken, with no front door."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 async def _watch(fleet: Fleet) -> None:

@@ -13,11 +13,27 @@ from preft_core.manifest import name_fault, read_manifest
 
 FIXES = ("graphs", "names", "rows", "options", "unknown")
 """Faults of TGI 3.3.7 with its own LORA_ADAPTERS that are mended, see docs/tgi.md."""
+DEFAULT_PREFIX_TOKENS = 16_384
+BASE_IDS = frozenset({"", "tgi", "__base_model__"})
+"""Adapter ids that stand for the base model, beside the served model's own."""
 _ENTRY = re.compile(r"([^=@]+)(?:=([^@]+))?(?:@(.+))?")
 
 
 class SettingsError(ValueError):
     """Variables that cannot be used; all faults in one message."""
+
+
+def check_prefix_caching(value: str) -> None:
+    """Refuses TGI's own prefix cache, whose variable has this value.
+
+    Raises:
+        SettingsError: it is on.
+    """
+    if value.lower() in {"1", "true"}:
+        raise SettingsError(
+            "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: leave it out or set it to 0, "
+            "and PREFT_PREFIX_CACHE=1 for one that does"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,8 @@ class Settings:
         max_adapters: PREFT_MAX_ADAPTERS, known at once
         max_bytes: PREFT_MAX_ADAPTER_BYTES, of one adapter's weights
         base_models: PREFT_BASE_MODEL, names under which adapters may know the served model, beside its own
+        prefix_tokens: PREFT_PREFIX_CACHE=1 and PREFT_PREFIX_TOKENS, prompt tokens whose KV is kept for later requests
+            of the same adapter; 0 is none
         control: PREFT_CONTROL_DIR, directory of the sockets on which the server's processes take adapters
         admin_token: PREFT_ADMIN_TOKEN; empty turns the admin routes off
         fixes: PREFT_LORA_FIXES, of FIXES; those that are left out are as in TGI
@@ -50,6 +68,7 @@ class Settings:
     max_adapters: int = 1024
     max_bytes: int = 4 << 30
     base_models: tuple[str, ...] = ()
+    prefix_tokens: int = 0
     control: Path = Path(tempfile.gettempdir()) / "preft-tgi"
     admin_token: str = field(default="", repr=False)
     fixes: tuple[str, ...] = FIXES
@@ -79,6 +98,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         max_adapters=reader.number("PREFT_MAX_ADAPTERS", Settings.max_adapters, 1, 100_000) or 1,
         max_bytes=reader.number("PREFT_MAX_ADAPTER_BYTES", Settings.max_bytes, 1, 1 << 40) or 1,
         base_models=tuple(reader.words("PREFT_BASE_MODEL")),
+        prefix_tokens=_prefix_tokens(reader),
         control=Path(reader.text("PREFT_CONTROL_DIR") or Settings.control),
         admin_token=reader.text("PREFT_ADMIN_TOKEN"),
         fixes=_fixes(reader),
@@ -93,10 +113,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         faults.append(
             f"{len(settings.adapters)} adapters are listed and PREFT_MAX_ADAPTERS is {settings.max_adapters}: raise it"
         )
-    if environment.get("PREFT_PREFIX_CACHE", "").lower() in {"1", "true"}:
-        faults.append(
-            "PREFT_PREFIX_CACHE is set and a prefix cache that keeps adapters apart is not there yet: leave it out"
-        )
+    if settings.prefix_tokens and not settings.adapters and not settings.reserve:
+        faults.append("PREFT_PREFIX_CACHE is set and there are no PreFT adapters: leave it out, TGI has its own")
     reader.check_unknown()
     if faults:
         raise SettingsError("; ".join(faults))
@@ -131,7 +149,7 @@ def parse_adapters(text: str) -> dict[str, str]:
 class _Reader:
     def __init__(self, environment: Mapping[str, str], faults: list[str]):
         self._environment = environment
-        self._read = {"PREFT_PREFIX_CACHE", "PREFT_ROUTER_PORT", "PREFT_FRONT_HOST", "PREFT_TGI_PYTHON", "PREFT_CACHE"}
+        self._read = {"PREFT_ROUTER_PORT", "PREFT_FRONT_HOST", "PREFT_TGI_PYTHON", "PREFT_CACHE"}
         self.faults = faults
 
     def text(self, name: str) -> str:
@@ -198,6 +216,12 @@ def _reserve(reader: _Reader) -> tuple[Bucket, ...]:
         slot_rank = next(size for size in RANKS if size >= int(rank))
         found.append(Bucket("linear" if kind == "lora" else "block", slot_rank))
     return tuple(dict.fromkeys(found))
+
+
+def _prefix_tokens(reader: _Reader) -> int:
+    wanted = reader.flag("PREFT_PREFIX_CACHE")
+    tokens = reader.number("PREFT_PREFIX_TOKENS", DEFAULT_PREFIX_TOKENS, 1, 1 << 30) or 0
+    return tokens if wanted else 0
 
 
 def _fixes(reader: _Reader) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ class Server:
             blocks=blocks,
             slots=slots,
             cache_len=spec.get("cached", 0),
-            prefill_logprobs=False,
+            prefill_logprobs=spec.get("logprobs", False),
             **fields,
         )
         self.next_id += 1
@@ -114,6 +114,7 @@ class Run:
     done: set = field(default_factory=set)
     cached: object = None
     most: int = 0
+    prompt_tokens: int = 0
     batch_id: int = 100
 
     def run(self):
@@ -155,6 +156,7 @@ class Run:
             for generation in answer.generations:
                 i = self.index[generation.request_id]
                 self.tokens[i] += list(generation.tokens.ids)
+                self.prompt_tokens += len(generation.prefill_tokens.ids)
                 self.most = max(self.most, len(generation.tokens.ids))
                 if generation.HasField("generated_text"):
                     self.done.add(generation.request_id)
@@ -192,7 +194,7 @@ def main():
             try:
                 if command["op"] == "run":
                     run = Run(server, command["requests"])
-                    answer = {"tokens": run.run(), "most": run.most}
+                    answer = {"tokens": run.run(), "most": run.most, "prompt_tokens": run.prompt_tokens}
                 else:
                     answer = {"ranks": [ask(server.control, r, command["request"]) for r in range(server.world_size)]}
             except grpc.RpcError as error:

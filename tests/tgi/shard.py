@@ -1,6 +1,7 @@
 """One patched server process for the tests: TGI's command line in float32, as greedy ties in 16 bit tell nothing.
 
-Run by TGI's Python. `PREFT_TEST_BREAK=rows` takes the position rule out, for the negative control.
+Run by TGI's Python. `PREFT_TEST_BREAK=rows` takes the position rule out, for the negative control; `owner`
+lets all adapters share the prefix cache.
 """
 
 import builtins
@@ -38,7 +39,10 @@ def keep_tickets(target, name, value):
 
 
 FlashCausalLM.__init__ = in_float32(FlashCausalLM.__init__)
-if os.environ.pop("PREFT_TEST_BREAK", None) == "rows":
+broken = os.environ.pop("PREFT_TEST_BREAK", None)
+if broken == "rows":
     engine.prefill_rows = all_rows
     layers.setattr = keep_tickets
+elif broken == "owner":
+    engine.Served.owner = lambda self, request, ticket: "anybody"
 launch.server(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ TOKEN = "let me in"
 
 
 class Service:
-    def __init__(self, world, **variables):
+    def __init__(self, world, port=None, **variables):
         self.world = world
         self.root = Path(tempfile.mkdtemp(prefix="preft-e-"))
         launcher = self.root / "text-generation-launcher"
@@ -31,7 +32,7 @@ class Service:
         launcher.chmod(0o755)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            self.port = port or free.getsockname()[1]
         adapters = ",".join(f"{name}={path}" for name, path in world.crowd.paths.items())
         environment = dict(
             os.environ,
@@ -243,3 +244,50 @@ def test_adapters_from_the_hub(tmp_path):
             assert service.generate(ids, "tone") == (200, service.world.expected("wide", ids, 6))
         finally:
             assert service.close() == 0, service.log.read_text()[-3000:]
+
+
+def test_bad_adapters_are_refused_and_others_go_on(service, tmp_path):
+    """NaN weights; weights above the limit; each through the admin route and with a request under way."""
+    from safetensors.torch import load_file, save_file
+
+    ids = some_ids(8, 21)
+    good = service.world.crowd.paths["few"]
+    for name in ("nan", "big"):
+        shutil.copytree(good, tmp_path / name)
+    weights = load_file(good / "adapter_model.safetensors")
+    first = next(iter(weights))
+    save_file(weights | {first: weights[first] * float("nan")}, tmp_path / "nan" / "adapter_model.safetensors")
+    with (tmp_path / "big" / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(9 << 30)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(service.generate, ids, "wide", 60)
+        for name, said in (("nan", "finite"), ("big", "bytes")):
+            status, text, _ = service.admin("POST", "", {"id": name, "location": str(tmp_path / name)})
+            assert (status, said in text) == (422, True), text
+            assert service.generate(ids, name)[0] == 422
+        assert running.result() == (200, service.world.expected("wide", ids, 60))
+
+
+def test_killed_and_started_again():
+    """The front door is killed with no time to clean up: TGI ends with it, and the same command serves again."""
+    world = make_world("llama")
+    ids = some_ids(8, 22)
+    first = Service(world)
+    assert first.generate(ids, "edit") == (200, world.expected("edit", ids, 6))
+    first.process.kill()
+    first.process.wait(timeout=10)
+    inner = first.port + 10_000 if first.port < 50_000 else first.port - 10_000
+    deadline = time.monotonic() + 20
+    while _listens(inner):
+        assert time.monotonic() < deadline, "TGI outlived its front door"
+        time.sleep(0.1)
+    second = Service(world, port=first.port, PREFT_CONTROL_DIR=str(first.root / "c"))
+    try:
+        assert second.generate(ids, "edit") == (200, world.expected("edit", ids, 6))
+    finally:
+        assert second.close() == 0
+
+
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

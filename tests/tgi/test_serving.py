@@ -154,3 +154,46 @@ def test_many_adapters_in_few_slots():
         # forwards with more adapters than slots
         assert answer["statistics"]["streamed"] > 5
         assert answer["statistics"]["slots"] == 8
+
+
+@pytest.mark.parametrize(("architecture", "world_size"), [("llama", 1), ("gemma2", 1), ("mistral", 1), ("qwen2", 2)])
+def test_a_prefix_cache_that_keeps_adapters_apart(architecture, world_size):
+    world = world_of(architecture)
+    shared = some_ids(130, 60)
+    variables = {"PREFT_PREFIX_CACHE": "1", "PREFT_PREFIX_TOKENS": "2048", "REQUEST_LOGPROBS": "1"}
+    with serving(world, "flashdecoding-ipex", world_size, prefill_tokens=80, **variables) as server:
+        # the same prompt by everybody: the base after an adapter, and each again
+        for name in [None, *ADAPTERS, None, *ADAPTERS]:
+            check(server, world, [(name, shared, 5, {})])
+        counted = [answer["statistics"] for answer in server.control(op="statistics")]
+        assert [one["prefix_hit_tokens"] for one in counted] == [6 * 128] * world_size
+        # the same beginning and other ends, in chunks, while others decode
+        cases = [(name, shared[:100] + some_ids(30, i), 5, {"arrive": i}) for i, name in enumerate([None, *ADAPTERS])]
+        cases += [("few", shared[:64] + some_ids(90, 70), 5, {"arrive": 2, "chunk": 40}), ("turn", shared, 5, {})]
+        check(server, world, cases)
+        # prompts that push each other out
+        for turn in range(2):
+            for i in range(20):
+                check(server, world, [(ADAPTERS[i % 5], some_ids(140, 100 + i), 3, {})])
+            check(server, world, [(None, shared, 5, {}), ("edit", shared, 5, {"chunk": 50})])
+        assert server.control(op="statistics")[0]["statistics"]["prefix_evictions"] > 0
+        # the log-probabilities of a prompt need all of it computed
+        answer = server.ask({"op": "run", "requests": [request(shared, "turn", 2, logprobs=True)]})
+        assert answer["prompt_tokens"] == len(shared)
+
+
+def test_the_check_fails_when_adapters_share_the_cache():
+    world = world_of("llama")
+    shared = some_ids(130, 60)
+    with serving(world, "flashdecoding-ipex", PREFT_PREFIX_CACHE="1", PREFT_TEST_BREAK="owner") as server:
+        check(server, world, [("turn", shared, 5, {})])
+        with pytest.raises(AssertionError):
+            check(server, world, [(None, shared, 5, {})])
+
+
+def test_a_prefix_cache_needs_attention_that_reads_it():
+    with (
+        pytest.raises(AssertionError, match="ATTENTION is paged"),
+        serving(world_of("llama"), "paged", PREFT_PREFIX_CACHE="1"),
+    ):
+        pass
