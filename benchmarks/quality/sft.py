@@ -45,7 +45,7 @@ def train(
         chosen = [samples[i] for i in rows[step * BATCH : (step + 1) * BATCH]]
         batch = {name: tensor.to(model.device) for name, tensor in collate(chosen, pad).items()}
         loss = model(**batch).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
         loss.backward()

@@ -13,7 +13,7 @@ from preft_core.layout import Bucket, Weights
 from preft_core.ops import add_direft_, add_lora_, direft_update, lora_update, loreft_update
 from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
-from preft_hf.rows import cast, flat, masked, rows_of
+from preft_hf.rows import add_rows_, cast, flat, masked, rows_of
 
 
 class PreftLayer(BaseTunerLayer):
@@ -147,13 +147,17 @@ class PreftLinear(nn.Module, PreftLayer):
             return output + lora_update(cast(x, a), a, b, scaling).to(output.dtype)
         if phase is False:
             return output
-        rows, index = rows_of(x, phase), phase.index
-        update = lora_update(cast(rows, a), a, b, scaling).to(output.dtype)
+        index = phase.index
+        if index is not None and x.dtype == a.dtype and not torch.is_autocast_enabled(x.device.type):
+            # Rows are chosen after A: rows of x would be a copy that autograd keeps, another at each of q, k, v.
+            low = linear(flat(x, tuple(phase.mask.shape)), a).index_select(0, index.to(x.device))
+            update = (linear(low, b) * scaling).to(output.dtype)
+        else:
+            update = lora_update(cast(rows_of(x, phase), a), a, b, scaling).to(output.dtype)
         if index is None:
             return output + masked(update, phase, output.shape)
         if self._output_is_ours:
-            output.view(-1, output.shape[-1]).index_add_(0, index.to(x.device), update)
-            return output
+            return add_rows_(output, index.to(x.device), update)
         return output.flatten(0, -2).index_add(0, index.to(x.device), update).view(output.shape)
 
     @torch.compiler.disable

@@ -1,5 +1,7 @@
 """Rows of a layer's input and output: the prefill ones of a forward, in the shapes that layers see them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,29 @@ def masked(update: Tensor, phase: PrefillRows, shape: torch.Size) -> Tensor:
 def cast(x: Tensor, parameter: Tensor) -> Tensor:
     """Returns x in the adapter's dtype, except where autocast chooses the dtype of the matrix products itself."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+
+
+def add_rows_(output: Tensor, index: Tensor, update: Tensor) -> Tensor:
+    """Adds update (rows, width) to rows of output (..., width), in place, and returns output.
+
+    Args:
+        index: int64, (rows,), rows of the flattened output, none twice
+    """
+    result: Any = _AddRows.apply(output, index, update)
+    return result
+
+
+class _AddRows(torch.autograd.Function):
+    """index_add_ that keeps the index alone for its backward; PyTorch's own keeps the update too, for its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, index: Tensor, update: Tensor) -> Tensor:  # pyright: ignore
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(index)
+        output.view(-1, output.shape[-1]).index_add_(0, index, update)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:  # pyright: ignore
+        (index,) = ctx.saved_tensors
+        return gradient, None, gradient.reshape(-1, gradient.shape[-1]).index_select(0, index)

@@ -1,0 +1,173 @@
+"""Writes the tables and plots of docs/quality.md from committed results: `python -m benchmarks.quality.report`."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.store import RESULTS
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "quality.md"
+IMAGES = ROOT / "docs" / "images"
+NAMES = {"lora": "all-token LoRA", "lora-p": "LoRA-P", "direft-p": "DiReFT-P"}
+COLOURS = {"lora": "#666666", "lora-p": "#1f77b4", "direft-p": "#d62728"}
+# Student's t for a two-sided 95 % interval, by degrees of freedom
+T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+BEGIN, END = "<!-- {} -->", "<!-- end -->"
+
+Runs = list[dict[str, Any]]
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for file in sorted(RESULTS.glob("*.json")):
+        data = json.loads(file.read_text())
+        for task in sorted({run["task"] for run in data["runs"].values() if "seed" in run}):
+            runs = [run for run in data["runs"].values() if run.get("task") == task and "seed" in run]
+            base = data["runs"][f"part=base task={task}"]
+            page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, data["environment"]))
+            page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base))
+            plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
+    PAGE.write_text(page)
+
+
+def rank_table(runs: Runs, base: dict[str, Any], environment: dict[str, str]) -> list[str]:
+    """Returns loss by method and rank: mean over seeds, half of the 95 % interval, difference to LoRA seed by seed."""
+    scored = "field_accuracy" in base
+    head = ["method", "r", "learning rate", "seeds", "held-out loss", "against LoRA of this r", "against LoRA, r=1"]
+    rows = [[*head, "fields right"] if scored else head]
+    rows.append(["---"] * len(rows[0]))
+    reference = {run["seed"]: run["loss"] for run in _of(runs, "lora", 1)}
+    for method in METHODS:
+        for rank in sorted({run["rank"] for run in runs}):
+            found = _of(runs, method, rank)
+            if not found:
+                continue
+            same_rank = {run["seed"]: run["loss"] for run in _of(runs, "lora", rank)}
+            rates = sorted({run["lr"] for run in found})
+            row = [NAMES[method], str(rank), ", ".join(f"{rate:g}" for rate in rates), str(len(found))]
+            row.append(interval([run["loss"] for run in found]))
+            for other in (same_rank, reference):
+                pairs = [run["loss"] - other[run["seed"]] for run in found if run["seed"] in other]
+                row.append("" if method == "lora" and other is same_rank else interval(pairs, signed=True))
+            if scored:
+                row.append(f"{100 * statistics.fmean(run['field_accuracy'] for run in found):.0f} %")
+            rows.append(row)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    test = f"{base['num_test_rows']} held-out rows; loss of the base model {base['loss']:.3f}"
+    floor = noise_floor(runs)
+    noise = "" if floor is None else f"; noise floor (standard deviation over seeds, pooled) {floor:.3f}"
+    where = f"{environment['device']}, {environment['threads']} thread(s), torch {environment['torch']}"
+    return [f"{test}{noise}. {where}.", "", *lines]
+
+
+def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:
+    """Returns the gain over the base model in nats a token by distance from the prompt, mean over seeds."""
+    firsts = [first for first, (_, count) in base["by_distance"].items() if count >= 50]
+    ends = [str(int(first) * 2 - 1) for first in firsts]
+    spans = [first if first == end else f"{first}-{end}" for first, end in zip(firsts, ends, strict=True)]
+    lines = [f"| method | r | {' | '.join(spans)} |", "|" + " --- |" * (2 + len(spans))]
+    for method in METHODS:
+        for rank in sorted({run["rank"] for run in runs}):
+            found = _of(runs, method, rank)
+            if found:
+                gains = [statistics.fmean(_gain(run, base, first) for run in found) for first in firsts]
+                lines.append(f"| {NAMES[method]} | {rank} | {' | '.join(f'{gain:.2f}' for gain in gains)} |")
+    return lines
+
+
+def noise_floor(runs: Runs) -> float | None:
+    """Returns the standard deviation over seeds of a run's loss, pooled over methods and ranks; None with one seed."""
+    groups = [[run["loss"] for run in _of(runs, m, r)] for m in METHODS for r in {run["rank"] for run in runs}]
+    variances = [(statistics.variance(group), len(group) - 1) for group in groups if len(group) > 1]
+    if not variances:
+        return None
+    return math.sqrt(sum(v * n for v, n in variances) / sum(n for _, n in variances))
+
+
+def interval(values: Sequence[float], signed: bool = False) -> str:
+    """Returns `mean ± half width` of a 95 % interval by Student's t; only the mean for one value."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):{'+' if signed else ''}.3f}"
+    if len(values) == 1:
+        return mean
+    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {half:.3f}"
+
+
+def replaced(page: str, name: str, lines: Sequence[str]) -> str:
+    """Returns the page with what stands between the marks of a name replaced.
+
+    Raises:
+        ValueError: the page has no such mark.
+    """
+    begin = BEGIN.format(name)
+    head, mark, rest = page.partition(begin)
+    if not mark:
+        raise ValueError(f"{PAGE.name} has no mark {begin}: put it, and {END} after it, where the table belongs")
+    return head + begin + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2]
+
+
+def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
+    """Draws loss by rank, gain by distance and training curves."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    by_rank, by_distance, curves = figure.subplots(1, 3)
+    ranks = sorted({run["rank"] for run in runs})
+    firsts = [first for first, (_, count) in base["by_distance"].items() if count >= 50]
+    for method in METHODS:
+        style = {"color": COLOURS[method], "label": NAMES[method]}
+        present = [rank for rank in ranks if _of(runs, method, rank)]
+        by_rank.plot(present, [_mean(_of(runs, method, r), lambda run: run["loss"]) for r in present], "o-", **style)
+        for run in (run for run in runs if run["method"] == method):
+            by_rank.plot(run["rank"], run["loss"], ".", color=COLOURS[method], alpha=0.4)
+        found = _of(runs, method, 16) or [run for run in runs if run["method"] == method]
+        by_distance.plot(
+            [int(first) for first in firsts],
+            [_mean(found, lambda run, first=first: _gain(run, base, first)) for first in firsts],
+            "o-",
+            **style,
+        )
+        steps = range(len(found[0]["train_curve"]))
+        curves.plot(
+            [10 * step for step in steps],
+            [_mean(found, lambda run, step=step: run["train_curve"][step]) for step in steps],
+            **style,
+        )
+    for axes, x, y in (
+        (by_rank, "rank", "held-out loss, nats a token"),
+        (by_distance, "distance from the prompt, tokens (r=16)", "gain over base, nats a token"),
+        (curves, "step (r=16)", "training loss"),
+    ):
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+    by_rank.set_xscale("log", base=4)
+    by_distance.set_xscale("log", base=2)
+    curves.set_ylim(0, 3)
+    by_rank.legend()
+    figure.suptitle(title)
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def _of(runs: Runs, method: str, rank: int) -> Runs:
+    return [run for run in runs if run["method"] == method and run["rank"] == rank]
+
+
+def _gain(run: dict[str, Any], base: dict[str, Any], first: str) -> float:
+    total, count = base["by_distance"][first]
+    return (total - run["by_distance"][first][0]) / count
+
+
+def _mean(runs: Runs, figure: Callable[[dict[str, Any]], float]) -> float:
+    return statistics.fmean(figure(run) for run in runs)
+
+
+if __name__ == "__main__":
+    main()
