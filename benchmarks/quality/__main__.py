@@ -1,11 +1,12 @@
 """The quality study: `python -m benchmarks.quality [--tasks cities,devil] [--seeds 3] [--device cuda]`.
 
-Ctrl-C stops it; the same command goes on where it stopped. Results: benchmarks/results/quality/; docs/quality.md is
-written from them by `python -m benchmarks.quality.report`.
+Ctrl-C stops it; the same command goes on where it stopped. Results: a JSON file per device in --results;
+docs/quality.md is written from the committed ones by `python -m benchmarks.quality.report`.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     options = parser.parse_args()
     tasks, methods = options.tasks.split(","), options.methods.split(",")
@@ -36,7 +38,7 @@ def main() -> None:
             parser.error(f"{name} has {', '.join(unknown)}: give some of {', '.join(allowed)}")
     transformers.utils.logging.set_verbosity_error()
     device = "cpu" if options.device == "cpu" else device_name()
-    store = Store(RESULTS / f"{device}.json", environment("python -m benchmarks.quality"))
+    store = Store(options.results / f"{device}.json", environment("python -m benchmarks.quality"))
     base, tokenizer = load_demo_model()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     base = base.to(device=options.device, dtype=torch.bfloat16)

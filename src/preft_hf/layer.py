@@ -13,7 +13,7 @@ from preft_core.layout import Bucket, Weights
 from preft_core.ops import add_direft_, add_lora_, direft_update, lora_update, loreft_update
 from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
-from preft_hf.rows import add_rows_, cast, flat, masked, rows_of
+from preft_hf.rows import add_rows_, cast, flat, masked, rows_added, rows_of
 
 
 class PreftLayer(BaseTunerLayer):
@@ -128,12 +128,10 @@ class PreftLinear(nn.Module, PreftLayer):
             return output
         if isinstance(phase, RoutedRows):
             return self._add_routed(output, x, phase)  # pyright: ignore[reportCallIssue]
-        names = self._active_here()
-        if not names:
-            return output
-        phase = self.phase.current()
-        for name in names:
-            output = self._add_update(output, x, phase, name)
+        if names := self._active_here():
+            phase = self.phase.current()
+            for name in names:
+                output = self._add_update(output, x, phase, name)
         return output
 
     def _add_update(self, output: Tensor, x: Tensor, phase: SharedPhase, name: str) -> Tensor:
@@ -141,8 +139,7 @@ class PreftLinear(nn.Module, PreftLayer):
         x = self.preft_dropout[name](x)
         if phase is True:
             if self._output_is_ours and a.dtype == x.dtype == output.dtype and not torch.is_grad_enabled():
-                low = linear(x, a).flatten(0, -2)
-                output.view(-1, output.shape[-1]).addmm_(low, b.T, alpha=scaling)
+                output.view(-1, output.shape[-1]).addmm_(linear(x, a).flatten(0, -2), b.T, alpha=scaling)
                 return output
             return output + lora_update(cast(x, a), a, b, scaling).to(output.dtype)
         if phase is False:
@@ -156,9 +153,8 @@ class PreftLinear(nn.Module, PreftLayer):
             update = lora_update(cast(rows_of(x, phase), a), a, b, scaling).to(output.dtype)
         if index is None:
             return output + masked(update, phase, output.shape)
-        if self._output_is_ours:
-            return add_rows_(output, index.to(x.device), update)
-        return output.flatten(0, -2).index_add(0, index.to(x.device), update).view(output.shape)
+        add_rows = add_rows_ if self._output_is_ours else rows_added
+        return add_rows(output, index.to(x.device), update)
 
     @torch.compiler.disable
     def _add_routed(self, output: Tensor, x: Tensor, phase: RoutedRows) -> Tensor:
@@ -260,7 +256,7 @@ class PreftBlock(nn.Module, PreftLayer):
         update, index = self._updates(rows_of(hidden, phase), names), phase.index
         if index is None:
             return hidden + masked(update, phase, hidden.shape)
-        return hidden.flatten(0, -2).index_add(0, index.to(hidden.device), update).view(hidden.shape)
+        return rows_added(hidden, index.to(hidden.device), update)
 
     @torch.compiler.disable
     def _edit_routed(self, hidden: Tensor, phase: RoutedRows) -> Tensor:

@@ -45,6 +45,11 @@ def add_rows_(output: Tensor, index: Tensor, update: Tensor) -> Tensor:
     return result
 
 
+def rows_added(x: Tensor, index: Tensor, update: Tensor) -> Tensor:
+    """Returns x (..., width) with update (rows, width) added to its rows at index; x stays as it is."""
+    return x.flatten(0, -2).index_add(0, index, update).view(x.shape)
+
+
 class _AddRows(torch.autograd.Function):
     """index_add_ that keeps the index alone for its backward; PyTorch's own keeps the update too, for its shape."""
 
