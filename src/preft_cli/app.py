@@ -2,20 +2,21 @@
 
 import os
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from preft_cli import hub
+from preft_cli import distillation, hub
+from preft_cli.options import Method, Precision, quiet
 
 HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
 
 \b
     preft demo          train, save, load and check an adapter on a real small model
     preft train --model ID --data rows.jsonl --output my-adapter
+    preft distill my-lora --data prompts.jsonl --output my-adapter
     preft generate --adapter my-adapter --prompt "Tumbes, PE, 96946"
     preft inspect my-adapter
     preft push my-adapter --to org/name
@@ -26,22 +27,6 @@ Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C. PREFT_DEBUG=
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-class Method(str, Enum):
-    """How the adapter changes the model."""
-
-    lora = "lora"
-    direft = "direft"
-    loreft = "loreft"
-
-
-class Precision(str, Enum):
-    """Numbers of the base model; the adapter is float32."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def main() -> None:
@@ -75,7 +60,7 @@ def demo(
 
     Takes about two minutes on two CPU cores once the model is there. The first time it fetches the model (93 MB).
     """
-    _quiet()
+    quiet()
     from preft_hf.demo.run import DemoPlan, run_demo
 
     run_demo(DemoPlan(output, steps, method.value, rank, seed), Console())
@@ -113,7 +98,7 @@ def train(
         {"messages": [{"role": "user", "content": "Hi"},
                       {"role": "assistant", "content": "Hello"}]}
     """
-    _quiet()
+    quiet()
     from preft_hf.finetune import FinetuneOptions, finetune
 
     options = FinetuneOptions(
@@ -136,7 +121,7 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, to compare.")] = False,
 ) -> None:
     """Answer a prompt with an adapter: the prompt is adapted, the answer is decoded by the base model."""
-    _quiet()
+    quiet()
     from preft_hf.finetune import stream_answer
 
     text = sys.stdin.read() if prompt is None else prompt
@@ -211,17 +196,5 @@ def plan(
         planning.show(found, Console())
 
 
-for command in (hub.push, hub.pull, hub.verify, hub.convert, hub.export):
+for command in (distillation.distill, hub.push, hub.pull, hub.verify, hub.convert, hub.export):
     app.command()(command)
-
-
-def _quiet() -> None:
-    """Leaves the terminal to our own progress bars."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    # peft 0.21 still calls the old name of a method of transformers
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from preft_core.adapter import KEY_PREFIX, WEIGHTS_NAME, load_adapter, save_adapter
 from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_json, read_limited
@@ -29,6 +30,15 @@ def from_lora(lora: str | Path, output: str | Path) -> str:
 
     Raises:
         AdapterError: no LoRA, or one whose options a LoRA-P adapter cannot express. Nothing is written.
+    """
+    return save_adapter(output, *read_lora(lora))
+
+
+def read_lora(lora: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Returns a plain PEFT LoRA as the config and the weights of a LoRA-P adapter.
+
+    Raises:
+        AdapterError: no LoRA, or one whose options a LoRA-P adapter cannot express.
     """
     directory = Path(lora)
     config = parse_json(read_limited(directory / CONFIG_NAME, MAX_CONFIG_BYTES), str(directory / CONFIG_NAME))
@@ -57,7 +67,7 @@ def from_lora(lora: str | Path, output: str | Path) -> str:
     if isinstance(values.get("layers_to_transform"), int):
         values["layers_to_transform"] = (values["layers_to_transform"],)
     kept: dict[str, Any] = {name: config.get(name) for name in ("base_model_name_or_path", "revision", "task_type")}
-    return save_adapter(output, AdapterConfig(method="lora", **values, **kept), tensors)
+    return AdapterConfig(method="lora", **values, **kept), tensors
 
 
 def to_lora(adapter: str | Path, output: str | Path) -> None:

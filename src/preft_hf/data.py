@@ -20,14 +20,19 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and its response: texts, or chat messages for a prompt that the chat template writes out."""
+    """A prompt and its response: texts, or chat messages for a prompt that the chat template writes out.
+
+    Attributes:
+        response: empty if it is yet to be sampled
+        line: where it stands in the file, from 1
+    """
 
     prompt: str | list[dict[str, Any]]
     response: str
     line: int
 
 
-def read_turns(path: str | Path) -> list[Turn]:
+def read_turns(path: str | Path, prompts_alone: bool = False) -> list[Turn]:
     """Returns the turns of a JSONL file, one JSON object a line.
 
         {"prompt": "Tumbes, PE, 96946\\n", "response": "TUMBES / Peru ~ 97k"}
@@ -35,6 +40,8 @@ def read_turns(path: str | Path) -> list[Turn]:
 
     Messages give one turn for each assistant message, everything before it being the prompt.
 
+    Args:
+        prompts_alone: take rows without a response too, and messages that end with another role's
     Raises:
         DataError: a file that cannot be read or is empty, or lines of another form; up to 20 of them, by number.
     """
@@ -50,7 +57,7 @@ def read_turns(path: str | Path) -> list[Turn]:
         if not line.strip():
             continue
         try:
-            turns += _turns_of(json.loads(line), number)
+            turns += _turns_of(json.loads(line), number, prompts_alone)
         except ValueError as error:
             faults.append(f"line {number}: {error}")
     if not turns and not faults:
@@ -59,7 +66,7 @@ def read_turns(path: str | Path) -> list[Turn]:
     return turns
 
 
-def _turns_of(row: object, line: int) -> list[Turn]:
+def _turns_of(row: object, line: int, prompts_alone: bool) -> list[Turn]:
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
     if "messages" in row:
@@ -68,12 +75,19 @@ def _turns_of(row: object, line: int) -> list[Turn]:
             raise ValueError("'messages' is no list of objects")
         if not all(isinstance(m.get("content"), str) for m in messages):
             raise ValueError("a message has no text in 'content'")
-        samples = expand_turns(messages)
-        return [Turn(sample["prompt"], sample["completion"][0]["content"], line) for sample in samples]
-    missing = [name for name in ("prompt", "response") if not isinstance(row.get(name), str) or not row[name]]
+        open_end = prompts_alone and bool(messages) and messages[-1].get("role") != "assistant"
+        samples = [] if open_end and not _has_answer(messages) else expand_turns(messages)
+        turns = [Turn(sample["prompt"], sample["completion"][0]["content"], line) for sample in samples]
+        return [*turns, Turn(messages, "", line)] if open_end else turns
+    needed = ("prompt",) if prompts_alone and "response" not in row else ("prompt", "response")
+    missing = [name for name in needed if not isinstance(row.get(name), str) or not row[name]]
     if missing:
         raise ValueError(f"has no text in {' and '.join(missing)}, nor 'messages'; it has {sorted(row)}")
-    return [Turn(row["prompt"], row["response"], line)]
+    return [Turn(row["prompt"], row.get("response", ""), line)]
+
+
+def _has_answer(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return any(message.get("role") == "assistant" for message in messages)
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Any, max_length: int) -> tuple[list[Sample], int]:
@@ -110,16 +124,39 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Any, max_length: int) -> tupl
     return samples, num_long
 
 
-def _texts(turn: Turn, tokenizer: Any) -> tuple[str, str]:
+def encode_prompts(turns: Sequence[Turn], tokenizer: Any, max_length: int) -> tuple[list[list[int] | None], int]:
+    """Returns the token ids of each turn's prompt, None for one of max_length tokens or more, and how many those are.
+
+    Raises:
+        DataError: a prompt without a token, or messages for a tokenizer without a chat template.
+    """
+    found: list[list[int] | None] = []
+    faults: list[str] = []
+    for turn in turns:
+        ids = tokenizer(_prompt_text(turn, tokenizer), add_special_tokens=isinstance(turn.prompt, str))["input_ids"]
+        if not ids:
+            faults.append(f"line {turn.line}: its prompt has no token")
+        found.append(ids if len(ids) < max_length else None)
+    _raise("the data", faults)
+    return found, found.count(None)
+
+
+def _prompt_text(turn: Turn, tokenizer: Any) -> str:
     if isinstance(turn.prompt, str):
-        return turn.prompt, turn.prompt + turn.response + (tokenizer.eos_token or "")
+        return turn.prompt
     if not tokenizer.chat_template:
         raise DataError(
             f"line {turn.line} has messages, and the model's tokenizer has no chat template: use prompt and response "
             "rows, or a chat model"
         )
+    return tokenizer.apply_chat_template(turn.prompt, tokenize=False, add_generation_prompt=True)
+
+
+def _texts(turn: Turn, tokenizer: Any) -> tuple[str, str]:
+    prompt = _prompt_text(turn, tokenizer)
+    if isinstance(turn.prompt, str):
+        return prompt, prompt + turn.response + (tokenizer.eos_token or "")
     answer = {"role": "assistant", "content": turn.response}
-    prompt = tokenizer.apply_chat_template(turn.prompt, tokenize=False, add_generation_prompt=True)
     return prompt, tokenizer.apply_chat_template([*turn.prompt, answer], tokenize=False)
 
 

@@ -1,10 +1,8 @@
 """What `preft train` and `preft generate` do: load the base model, the data and the adapter, and report."""
 
-import hashlib
-import json
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ from rich.console import Console
 
 from preft_hf.config import PreftConfig
 from preft_hf.data import DataError, Sample, Turn, encode_turns, read_turns
-from preft_hf.sft import CHECKPOINTS, TrainingPlan, evaluate, train
+from preft_hf.run_folder import check_output, run_facts, write_facts, write_metrics
+from preft_hf.sft import TrainingPlan, evaluate, train
 
 DEMO_MODEL = "demo"
-RUN = "run.json"
 # what may change between a run and its resumption without changing a loss
 FREE_OPTIONS = {"output", "data", "resume", "save_every", "eval_every"}
 
@@ -52,11 +50,12 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
     import torch
     from peft import get_peft_model
 
-    _check_output(options)
+    facts = run_facts(options, options.data, FREE_OPTIONS)
+    check_output(options.output, options.resume, facts)
     turns = read_turns(options.data)
     base, tokenizer = load_base(options.model, options.dtype)
     train_samples, eval_samples, num_long = _samples(turns, options, tokenizer)
-    _check_context(base, train_samples + eval_samples)
+    check_context(base, train_samples + eval_samples)
     if num_long:
         console.print(f"[yellow]{num_long} rows have more than {options.max_length} tokens and are left out[/]")
     torch.manual_seed(options.seed)
@@ -75,8 +74,7 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
     )
     pad = tokenizer.pad_token_id
     before = None if options.resume or not eval_samples else evaluate(model, eval_samples, pad)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / RUN).write_text(json.dumps(_run_facts(options), indent=1) + "\n")
+    write_facts(options.output, facts)
     result = train(model, train_samples, eval_samples, plan, pad, console, options.resume)
     if result.interrupted:
         console.print(
@@ -87,14 +85,13 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
     model.save_pretrained(str(options.output))
     tokenizer.save_pretrained(str(options.output))
     metrics = {
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()},
         "num_train_rows": len(train_samples),
         "num_eval_rows": len(eval_samples),
         "num_rows_too_long": num_long,
         "num_steps": result.num_steps,
         "eval_loss": {"before": before, "after": after},
     }
-    (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_metrics(options.output, options, metrics)
     if after is not None:
         start = f"{before:.3f} to " if before is not None else ""
         console.print(f"Held-out loss: {start}{after:.3f} nats a response token")
@@ -176,38 +173,7 @@ def stream_answer(
     )
 
 
-def _check_output(options: FinetuneOptions) -> None:
-    if options.output.is_file():
-        raise ValueError(f"--output {options.output} is a file: give a folder")
-    if not options.resume and (options.output / CHECKPOINTS).exists():
-        raise ValueError(
-            f"--output {options.output} holds the checkpoints of another run: go on with it by --resume, or give "
-            "another folder"
-        )
-    file = options.output / RUN
-    if options.resume and file.exists():
-        before, now = json.loads(file.read_text()), _run_facts(options)
-        faults = [
-            f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]
-        ]
-        if faults:
-            raise ValueError(
-                f"--resume goes on with the run in {options.output}, and {'; '.join(faults)}: give the same command, "
-                "or another --output for another run"
-            )
-
-
-def _run_facts(options: FinetuneOptions) -> dict[str, Any]:
-    """Returns what decides every loss of a run, as JSON keeps it."""
-    facts = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
-    try:
-        data = options.data.read_bytes()
-    except OSError as error:
-        raise DataError(f"{options.data} cannot be read: {error}; give a JSONL file in UTF-8") from error
-    return facts | {"data_sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _check_context(model: Any, samples: list[Sample]) -> None:
+def check_context(model: Any, samples: list[Sample]) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(sample["input_ids"]) for sample in samples)
     if context is not None and longest > context:
@@ -219,7 +185,7 @@ def _check_context(model: Any, samples: list[Sample]) -> None:
 
 def _samples(turns: list[Turn], options: FinetuneOptions, tokenizer: Any) -> tuple[list[Sample], list[Sample], int]:
     """Returns samples to train on, samples held out, and how many turns were too long and left out of both."""
-    train_turns, eval_turns = _split(turns, options)
+    train_turns, eval_turns = split(turns, options.eval_split, options.seed, options.data)
     train_samples, num_long = encode_turns(train_turns, tokenizer, options.max_length)
     if not eval_turns:
         return train_samples, [], num_long
@@ -227,14 +193,18 @@ def _samples(turns: list[Turn], options: FinetuneOptions, tokenizer: Any) -> tup
     return train_samples, eval_samples, num_long + num_long_eval
 
 
-def _split(turns: list[Turn], options: FinetuneOptions) -> tuple[list[Turn], list[Turn]]:
-    """Returns the turns to train on and those held out. Turns of one row stay together, as they share their text."""
+def split(turns: list[Turn], share: float, seed: int, data: Path) -> tuple[list[Turn], list[Turn]]:
+    """Returns the turns to train on and those held out. Turns of one row stay together, as they share their text.
+
+    Raises:
+        DataError: no row is left to train on.
+    """
     lines = list(dict.fromkeys(turn.line for turn in turns))
-    random.Random(options.seed).shuffle(lines)
-    num_eval = math.ceil(options.eval_split * len(lines)) if options.eval_split > 0 else 0
+    random.Random(seed).shuffle(lines)
+    num_eval = math.ceil(share * len(lines)) if share > 0 else 0
     if num_eval >= len(lines):
         raise DataError(
-            f"{options.data} has {len(lines)} rows and --eval-split {options.eval_split} holds out {num_eval}: none "
+            f"{data} has {len(lines)} rows and --eval-split {share} holds out {num_eval}: none "
             "is left to train on; give more rows, or --eval-split 0"
         )
     by_line: dict[int, list[Turn]] = {}

@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from preft_hf.data import Sample, collate
+
+LossOf = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
 
 CHECKPOINTS = "checkpoints"
 HISTORY = "history.json"
@@ -30,6 +32,8 @@ class TrainingPlan:
         batch_size: rows a step
         learning_rate: of AdamW; rises over a tenth of the steps, at most 20, then falls linearly to 0
         eval_every, save_every: steps; 0 means at the end only
+        patience: evaluations without a lower loss after which training stops; above 0, the adapter of the lowest
+            evaluation loss is kept, and a checkpoint goes with each evaluation
     """
 
     output: Path
@@ -39,6 +43,7 @@ class TrainingPlan:
     eval_every: int = 0
     save_every: int = 0
     seed: int = 0
+    patience: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ def train(
     pad_token_id: int,
     console: Console,
     resume: bool = False,
+    loss_of: LossOf | None = None,
 ) -> TrainingResult:
     """Trains the model's adapter in place; Ctrl-C stops after the step that is running, with a checkpoint.
 
     Args:
         model: a PeftModel with a trainable adapter
-        eval_samples: may be empty
+        eval_samples: may be empty, unless the plan has patience
+        loss_of: the loss of a model on a batch as `collate` makes it; the model's own, of its labels, if None
         resume: continue from the last checkpoint under the plan's output, with its optimizer, order and random state
     Raises:
         ValueError: resume without a checkpoint.
@@ -75,7 +82,8 @@ def train(
     if resume and checkpoint is None:
         raise ValueError(f"{folder} holds no checkpoint to resume from: start without --resume")
     bar = ProgressBar(console, plan, _num_tokens_a_row(train_samples))
-    trainer = Trainer(
+    trainer = _Trainer(
+        loss_of,
         model=model,
         args=_arguments(plan, folder, has_eval=len(eval_samples) > 0),
         train_dataset=list(train_samples),  # type: ignore[arg-type]
@@ -84,6 +92,8 @@ def train(
         callbacks=[bar],
     )
     trainer.remove_callback(PrinterCallback)
+    if plan.patience:
+        trainer.add_callback(EarlyStoppingCallback(plan.patience))
     with bar:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -97,6 +107,22 @@ def train(
         json.dumps({"losses": result.losses, "eval_losses": result.eval_losses}, indent=1) + "\n"
     )
     return result
+
+
+class _Trainer(Trainer):
+    """Trainer with a loss of ours, which its `compute_loss_func` cannot be: that one does not see the inputs."""
+
+    def __init__(self, loss_of: LossOf | None, **settings: Any):
+        self._loss_of = loss_of
+        super().__init__(**settings)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self._loss_of is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self._loss_of(model, inputs)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -149,8 +175,9 @@ def _arguments(plan: TrainingPlan, folder: Path, has_eval: bool) -> TrainingArgu
         eval_strategy="steps" if has_eval else "no",
         eval_steps=eval_every,
         save_strategy="steps",
-        save_steps=plan.save_every or plan.num_steps,
+        save_steps=eval_every if plan.patience else plan.save_every or plan.num_steps,
         save_total_limit=2,
+        load_best_model_at_end=plan.patience > 0,
         seed=plan.seed,
         report_to=[],
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -102,7 +102,7 @@ def test_turns_of_one_conversation_are_held_out_together():
     options = FinetuneOptions(
         "m", Path("rows.jsonl"), Path("out"), "lora", 4, None, 1e-3, None, 1.0, 4, 64, 0.2, 0, 0, 0, "float32", False
     )
-    trained, held_out = finetune._split(turns, options)
+    trained, held_out = finetune.split(turns, options.eval_split, options.seed, options.data)
     assert len(held_out) == 8
     assert len({turn.line for turn in held_out}) == 2
     assert {turn.line for turn in held_out}.isdisjoint(turn.line for turn in trained)
