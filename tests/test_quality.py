@@ -1,16 +1,18 @@
 """The quality study: its evaluation against transformers' loss, its resumption, and that its page is its results."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
 from benchmarks import training
-from benchmarks.quality import report, study
+from benchmarks.quality import distill, report, study, turns
 from benchmarks.quality.methods import LEARNING_RATES, METHODS, RANKS, adapted
 from benchmarks.quality.sft import BUCKETS, evaluate, train
 from benchmarks.quality.store import Store
 
+from .hf.test_trainers import tokenizer
 from .hf.zoo import make_base
 
 ROWS = [{"input_ids": [5, 6, 7, 8, 9][:n], "labels": [-100, -100, 7, 8, 9][:n]} for n in (3, 4, 5)] * 5
@@ -83,6 +85,65 @@ def test_the_plan_does_a_whole_seed_before_the_next():
     runs = list(study.plan(["a", "b"], METHODS, RANKS, 2))
     assert len(set(runs)) == len(runs) == 2 * 2 * len(METHODS) * len(RANKS)
     assert [run[3] for run in runs] == sorted(run[3] for run in runs)
+
+
+def test_a_conversation_is_served_in_two_ways():
+    """Cached: one forward over the whole equals its turns; fresh: earlier answers are prompt."""
+    words = ["w04", "w05", "w06 w07", "w08", "w09 w10 w11"]
+    roles = ["user", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
+    words_of = tokenizer()
+    turned, one = turns.expanded(messages, words_of), turns.whole(messages, words_of)
+    assert [len(row["input_ids"]) for row in turned] == [7, len(one["input_ids"])]
+    assert [i for i, label in enumerate(one["labels"]) if label != -100] == [4, 5, 6, 9, 10, 11, 12]
+    cached = turns.split(one)
+    assert [row["prefill_mask"] for row in cached] == [[1] * 4 + [0] * 3, [1] * 4 + [0] * 3 + [1, 1] + [0] * 4]
+    assert cached[0]["input_ids"] == turned[0]["input_ids"]
+    for method in ("lora-p", "lora"):
+        model = adapted(make_base(), method, 4, 0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "_B" in name:
+                    parameter.normal_(std=0.3)
+        fresh, of_cache, together = (evaluate(model, rows, 0)["loss"] for rows in ([turned[1]], [cached[1]], [one]))
+        first = evaluate(model, [cached[0]], 0)["loss"]
+        assert together == pytest.approx((3 * first + 4 * of_cache) / 7, abs=1e-5)
+        assert (fresh == pytest.approx(of_cache, abs=1e-5)) == (method == "lora")
+
+
+def test_conversations_count_on():
+    for messages in turns.conversations(3):
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        counts = [int(answer.split("~ ")[1].split("k;")[0]) for answer in answers]
+        assert [int(answer.split("; ")[1].split("k so")[0]) for answer in answers] == [
+            sum(counts[: i + 1]) for i in range(turns.NUM_TURNS)
+        ]
+
+
+def test_students_of_a_distillation(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in (("NUM_STEPS", 3), ("NUM_PROMPTS", 4), ("RATE", 3e-3), ("TEACHER_RATE", 3e-2)):
+        monkeypatch.setattr(distill, name, value)
+
+    class Bench:
+        task = type("Task", (), {"name": "t", "num_steps": 40})
+        base, tokenizer, pad = make_base(), tokenizer(), 0
+        train = validation = test = ROWS
+
+    store = Store(tmp_path / "r.json", {})
+    found = {run[:2]: distill.run(Bench(), store, *run, lambda text: None) for run in distill.plan(1)}  # type: ignore[arg-type]
+    teacher = next(
+        run for key, run in json.loads((tmp_path / "r.json").read_text())["runs"].items() if "teacher" in key[:12]
+    )
+    converted = found[distill.CONVERSION, 4]
+    assert teacher["loss"] < converted["loss"]
+    assert converted["train_losses"] == []
+    assert found[distill.FROM_TEACHER, 16]["train_losses"][0] == pytest.approx(
+        found[distill.FROM_TEACHER, 4]["train_losses"][0]
+    )
+    assert found[distill.FROM_ZERO, 16]["train_losses"][0] > 0
+    again = [distill.run(Bench(), store, *run, lambda text: None) for run in distill.plan(1)]  # type: ignore[arg-type]
+    assert again == list(found.values())
 
 
 def test_the_page_is_what_the_results_say(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from preft_hf import PreftConfig
 from preft_hf.data import Sample, collate
 
 BATCH = 8
@@ -23,11 +24,14 @@ def train(
     learning_rate: float,
     seed: int,
     tick: Callable[[float], None] = lambda loss: None,
+    batch_size: int = BATCH,
+    loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] = lambda model, batch: model(**batch).loss,
 ) -> tuple[list[float], float]:
     """Trains the adapter in place: AdamW, warm-up over a tenth of the steps, then a linear fall to zero.
 
     Args:
         tick: called after every step with its loss
+        loss_of: of a model on a batch as `collate` makes it
     Returns:
         the losses of all steps, in nats a response token, and the seconds taken; the losses end where one is not
         finite.
@@ -38,13 +42,13 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (num_steps - step) / (num_steps - warm_up + 1))
     )
-    rows = _order(len(samples), num_steps * BATCH, seed)
+    rows = _order(len(samples), num_steps * batch_size, seed)
     losses, began = [], time.perf_counter()
     model.train()
     for step in range(num_steps):
-        chosen = [samples[i] for i in rows[step * BATCH : (step + 1) * BATCH]]
+        chosen = [samples[i] for i in rows[step * batch_size : (step + 1) * batch_size]]
         batch = {name: tensor.to(model.device) for name, tensor in collate(chosen, pad).items()}
-        loss = model(**batch).loss
+        loss = loss_of(model, batch)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
@@ -61,6 +65,8 @@ def train(
 def evaluate(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, Any]:
     """Returns the mean loss over response tokens, per row and by distance from the prompt, in nats a token.
 
+    A sample may have a prefill_mask, for prompts that are not what its labels leave out.
+
     Keys: loss; row_losses; by_distance, from a bucket's first distance (1 is the first response token) to
     [sum of losses, number of tokens].
     """
@@ -68,7 +74,7 @@ def evaluate(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, Any]:
     row_losses, total, count = [], 0.0, 0
     by_distance = {first: [0.0, 0] for first in BUCKETS}
     for i in range(0, len(samples), BATCH):
-        batch = {name: tensor.to(model.device) for name, tensor in collate(samples[i : i + BATCH], pad).items()}
+        batch = _batch(model, samples[i : i + BATCH], pad)
         logits = model(**batch).logits[:, :-1].float()
         labels = batch["labels"][:, 1:]
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
@@ -81,6 +87,15 @@ def evaluate(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, Any]:
                 by_distance[first][0] += float(part.sum())
                 by_distance[first][1] += len(part)
     return {"loss": total / count, "row_losses": row_losses, "by_distance": by_distance}
+
+
+def _batch(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, torch.Tensor]:
+    batch = collate(samples, pad)
+    if "prefill_mask" in samples[0] and isinstance(model.active_peft_config, PreftConfig):
+        length = batch["input_ids"].shape[1]
+        rows = [sample["prefill_mask"] + [0] * (length - len(sample["prefill_mask"])) for sample in samples]
+        batch["prefill_mask"] = torch.tensor(rows, dtype=torch.bool)
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _order(num_rows: int, num_wanted: int, seed: int) -> list[int]:

@@ -53,7 +53,7 @@ def base_result(bench: Bench, store: Store) -> Result:
     if found is not None:
         return found
     result = evaluate(bench.base, bench.test, bench.pad) | {"num_test_rows": len(bench.test)}
-    return store.put(key, result | _score(bench, bench.base))
+    return store.put(key, result | score(bench, bench.base))
 
 
 def chosen_rate(bench: Bench, store: Store, method: str, rank: int, report: Callable[[str], None]) -> float:
@@ -90,7 +90,7 @@ def full_run(
     losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed)
     curve = [statistics.fmean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
     result = facts | {"train_curve": curve, "seconds": seconds} | evaluate(model, bench.test, bench.pad)
-    return store.put(key, result | _score(bench, model))
+    return store.put(key, result | score(bench, model))
 
 
 def plan(tasks: Sequence[str], methods: Sequence[str], ranks: Sequence[int], seeds: int) -> Iterator[tuple[Any, ...]]:
@@ -102,7 +102,7 @@ def plan(tasks: Sequence[str], methods: Sequence[str], ranks: Sequence[int], see
                     yield task, method, rank, seed
 
 
-def _score(bench: Bench, model: Any) -> dict[str, float]:
+def score(bench: Bench, model: Any) -> dict[str, float]:
     """Returns the share of right fields of generated city cards; nothing for tasks without a score."""
     if bench.task.name != "cities":
         return {}
