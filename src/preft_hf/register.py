@@ -5,18 +5,22 @@ import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch.distributed.tensor import DTensor
 
 from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
 from preft_hf.card import CARD_NAME, model_card
 from preft_hf.config import PreftConfig, PreftType
 from preft_hf.hub import push_model
+from preft_hf.layer import PreftBlock
 from preft_hf.model import PreftModel
+
+LEAVES = PreftBlock.adapter_layer_names
 
 
 def register() -> None:
@@ -75,6 +79,8 @@ def _save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
             )
             return
         _check_save(save_directory, safe_serialization, save_embedding_layers, kwargs)
+        if is_main_process:
+            check_gathered(self, names, kwargs.get("state_dict"))
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".preft-save-", dir=directory))
@@ -108,6 +114,37 @@ def _check_save(directory: str, safe_serialization: bool, embeddings: str | bool
         faults.append(
             "path_initial_model_for_weight_conversion: a PreFT adapter never changes base weights; leave it out"
         )
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def check_gathered(model: PeftModel, names: list[str], state_dict: Mapping[str, Any] | None) -> None:
+    """Checks that the weights to be saved are whole, not a process's share of them.
+
+    Raises:
+        ValueError: weights that are sharded or empty, or a state dict without the adapters' weights.
+    """
+    weights = dict(model.named_parameters()) if state_dict is None else state_dict
+    faults = []
+    for name in names:
+        # with the adapter's name at the end, or without, as PEFT's get_peft_model_state_dict returns them
+        endings = tuple(f".{leaf}{end}" for leaf in LEAVES for end in ("", f".{name}"))
+        own = [(key, weights[key]) for key in sorted(weights) if key.endswith(endings)]
+        sharded = [key for key, tensor in own if isinstance(tensor, DTensor)]
+        empty = [key for key, tensor in own if tensor.numel() == 0]
+        if not own:
+            faults.append(f"state_dict has no weight of adapter {name!r}: pass the whole model's, or leave it out")
+        if sharded:
+            faults.append(
+                f"{len(sharded)} weights of adapter {name!r} are sharded (FSDP2), such as {sharded[0]}: on every "
+                "process call trainer.save_model(), or pass state_dict=accelerator.get_state_dict(model)"
+            )
+        if empty:
+            faults.append(
+                f"{len(empty)} weights of adapter {name!r} are empty (DeepSpeed ZeRO-3), such as {empty[0]}: on every "
+                "process call trainer.save_model() with stage3_gather_16bit_weights_on_model_save set, or pass "
+                "state_dict=accelerator.get_state_dict(model)"
+            )
     if faults:
         raise ValueError("; ".join(faults))
 
