@@ -7,6 +7,7 @@ from tiny import load
 from trl import DPOConfig, DPOTrainer
 
 from preft_hf import PreftConfig
+from preft_hf.trl import check_trainer
 
 
 def main() -> None:
@@ -40,6 +41,7 @@ def main() -> None:
         train_dataset=data,
         processing_class=tokenizer,
     )
+    check_trainer(trainer)
     trainer.train()
     trainer.model.save_pretrained(options.output)
     print(f"saved in {options.output}")

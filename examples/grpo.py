@@ -8,6 +8,7 @@ from tiny import load
 from trl import GRPOConfig, GRPOTrainer
 
 from preft_hf import PreftConfig
+from preft_hf.trl import check_trainer
 
 PROMPTS = ["Say hello.", "Name a colour.", "What is 2 + 2?", "Name a city."]
 
@@ -44,6 +45,7 @@ def main() -> None:
         reward_funcs=brevity,
         processing_class=tokenizer,
     )
+    check_trainer(trainer)
     trainer.train()
     trainer.model.save_pretrained(options.output)
     print(f"saved in {options.output}")

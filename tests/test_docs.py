@@ -2,12 +2,15 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 
 from preft_core.adapter import load_adapter
 
@@ -51,6 +54,9 @@ def test_the_serving_examples(tmp_path):
     exec(first.replace("pool.close()", ""), scope)
     assert scope["answers"].shape == (3, 9 + 16)  # type: ignore[attr-defined]
     scope["generation_config"] = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    # by itself transformers takes most of the free memory for the cache
+    small = ContinuousBatchingConfig(page_size=4, num_blocks=256, max_batch_tokens=64)
+    scope["model"] = SimpleNamespace(generate_batch=partial(model.generate_batch, continuous_batching_config=small))
     exec(second, scope)
     assert [len(tokens) for tokens in scope["tokens"]] == [4, 4]  # type: ignore[attr-defined]
 

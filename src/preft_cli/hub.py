@@ -137,7 +137,7 @@ def convert(
     print(from_lora(lora, output))
     Console(stderr=True).print(
         "The LoRA was trained to act on every token and now acts on prompt tokens alone: expect it to do less. Train "
-        "it on with `preft train`, or distil the LoRA, before you serve it.",
+        "it on with `preft train`, or make it with `preft distill`, before you serve it.",
         soft_wrap=True,
     )
 

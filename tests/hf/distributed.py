@@ -50,6 +50,10 @@ def settings(mode: str) -> dict[str, object]:
         allow_fsdp_on_cpu()
         return {"fsdp": True, "fsdp_config": FSDP}
     if mode.startswith("zero"):
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        # accelerate does it for GPUs alone
+        deepspeed.init_distributed("gloo")
         # without the threshold DeepSpeed leaves such small parameters whole
         stage = {"stage": int(mode[4:]), "stage3_param_persistence_threshold": 0}
         stage |= {"stage3_gather_16bit_weights_on_model_save": True}
