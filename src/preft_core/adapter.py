@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +24,7 @@ from preft_core.config import (
 )
 from preft_core.header import TensorInfo, raise_faults, read_header
 from preft_core.ops.reference import orthonormal_rows
+from preft_core.staging import staging_in
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -238,21 +237,17 @@ def save_adapter(directory: str | Path, config: AdapterConfig, tensors: Mapping[
 
     Raises:
         AdapterError: config or tensors that load_adapter would refuse; nothing is written.
+        OSError: the files cannot be written.
     """
     mark = fingerprint(config, tensors)
     data = {field.name: getattr(config, field.name) for field in fields(config)} | {"fingerprint": mark}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".preft-save-", dir=directory))
-    try:
+    with staging_in(Path(directory)) as staging:
         save_file(
             {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staging / WEIGHTS_NAME, {"format": "pt"}
         )
         write_config(staging, data)
         load_adapter(staging)
-        publish_files(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        publish_files(staging, Path(directory))
     return mark
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from preft_core.adapter import KEY_PREFIX, WEIGHTS_NAME, load_adapter, save_adapter
 from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_json, read_limited
 from preft_core.header import read_header
+from preft_core.staging import staging_in
 
 _COPIED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "use_rslora")
 _IGNORED = {
@@ -79,7 +78,7 @@ def to_lora(adapter: str | Path, output: str | Path) -> None:
         AdapterError: not an adapter, or of another method than lora. Nothing is written.
     """
     source = load_adapter(adapter)
-    config, directory = source.config, Path(output)
+    config = source.config
     if config.method != "lora":
         raise AdapterError(f"{adapter} has method {config.method}: only lora has a plain LoRA of the same weights")
     tensors = {
@@ -95,12 +94,8 @@ def to_lora(adapter: str | Path, output: str | Path) -> None:
         "revision": config.revision,
         "task_type": config.task_type,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".preft-export-", dir=directory))
-    try:
+    with staging_in(Path(output)) as staging:
         save_file(tensors, staging / WEIGHTS_NAME, {"format": "pt"})
         (staging / CONFIG_NAME).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(staging / name, directory / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            os.replace(staging / name, Path(output) / name)

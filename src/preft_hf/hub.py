@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from preft_core.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, load_adapter, publish_files
 from preft_core.source import AdapterSource, find_adapter
+from preft_core.staging import staging_in
 from preft_hf.card import CARD_NAME, model_card
 
 
@@ -136,16 +137,12 @@ def pull_adapter(
     if output is None:
         return source, directory
     target = Path(output)
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".preft-pull-", dir=target))
-    try:
+    with staging_in(target) as staging:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(directory / name, staging / name)
         if load_adapter(staging).fingerprint != adapter.fingerprint:
             raise AdapterError(f"{location} changed while it was copied: pull it again")
         publish_files(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return source, target
 
 

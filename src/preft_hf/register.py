@@ -3,8 +3,6 @@
 import functools
 import inspect
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch.distributed.tensor import DTensor
 
 from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
+from preft_core.staging import staging_in
 from preft_hf.card import CARD_NAME, model_card
 from preft_hf.config import PreftConfig, PreftType
 from preft_hf.hub import push_model
@@ -81,10 +80,7 @@ def _save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
         _check_save(save_directory, safe_serialization, save_embedding_layers, kwargs)
         if is_main_process:
             check_gathered(self, names, kwargs.get("state_dict"))
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".preft-save-", dir=directory))
-        try:
+        with staging_in(Path(save_directory)) as staging:
             save(
                 self,
                 str(staging),
@@ -94,9 +90,7 @@ def _save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
                 **kwargs,
             )
             if is_main_process:
-                _publish(staging, directory, names)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+                _publish(staging, Path(save_directory), names)
 
     save_pretrained.__preft_original__ = save  # type: ignore[attr-defined]
     return save_pretrained
