@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from benchmarks import training
-from benchmarks.quality import distill, report, study, turns
+from benchmarks.quality import distill, report, report_parts, rl, study, turns
 from benchmarks.quality.methods import LEARNING_RATES, METHODS, RANKS, adapted
 from benchmarks.quality.sft import BUCKETS, evaluate, train
 from benchmarks.quality.store import Store
+
+from preft_hf.demo.cities import Row
 
 from .hf.test_trainers import tokenizer
 from .hf.zoo import make_base
@@ -144,6 +146,72 @@ def test_students_of_a_distillation(tmp_path, monkeypatch):
     assert found[distill.FROM_ZERO, 16]["train_losses"][0] > 0
     again = [distill.run(Bench(), store, *run, lambda text: None) for run in distill.plan(1)]  # type: ignore[arg-type]
     assert again == list(found.values())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_reinforcement_from_one_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in (("NUM_STEPS", 2), ("WARM_STEPS", 3), ("MAX_TOKENS", 4), ("RATE", 1e-1)):
+        monkeypatch.setattr(rl, name, value)
+    monkeypatch.setattr(rl, "score", lambda bench, model: {"field_accuracy": 0.5})
+    # a reward that random completions differ in
+    monkeypatch.setattr(
+        rl, "right_fields", lambda completions, expected, **others: [len(set(c)) / 9 for c in completions]
+    )
+    rows = [Row(f"w{i:02} w05 ", "w06") for i in range(10, 20)]
+
+    class Bench:
+        task = type("Task", (), {"name": "t", "train": rows})
+        base, tokenizer, pad = make_base(), tokenizer(), 0
+        train = test = ROWS
+
+    store = Store(tmp_path / "r.json", {})
+    found = [rl.run(Bench(), store, method, 0, lambda text: None) for method in rl.METHODS]  # type: ignore[arg-type]
+    assert all(len(run["curve"]["reward"]) == 2 for run in found)
+    # the same start, prompts and seed: the first completions are drawn from one distribution
+    assert found[0]["curve"]["reward"][0] == pytest.approx(found[1]["curve"]["reward"][0])
+    assert found[0]["loss"] != found[1]["loss"]
+    table = report_parts.rl_table(json.loads((tmp_path / "r.json").read_text())["runs"])
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["warm start", "all-token LoRA, r=16", "LoRA-P, r=16"]
+    report_parts.rl_plot(json.loads((tmp_path / "r.json").read_text())["runs"], tmp_path / "rl.png")
+
+
+def test_the_reward_is_the_share_of_right_fields():
+    expected = ["TUMBES / Peru ~ 97k"] * 3
+    texts = ["TUMBES / Peru ~ 97k", "TUMBES / Chile ~ 97k", "nothing"]
+    assert rl.right_fields(texts, expected) == pytest.approx([1, 2 / 3, 0])
+
+
+def test_the_gap_that_a_student_closes():
+    common = {"kl": 1.0, "top1": 0.5, "field_accuracy": 0.5}
+    runs = {}
+    for seed, (of_teacher, converted, student) in enumerate([(1.0, 3.0, 1.5), (1.0, 5.0, 2.0)]):
+        runs[f"part=teacher {seed}"] = common | {"seed": seed, "rank": 4, "loss": of_teacher}
+        runs[f"part=distill a{seed}"] = common | {"seed": seed, "rank": 4, "loss": converted, "start": "conversion"}
+        runs[f"part=distill b{seed}"] = common | {"seed": seed, "rank": 16, "loss": student, "start": "from zero"}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report_parts.distill_table(runs)]
+    assert [row[:3] for row in rows[2:]] == [
+        ["teacher, all-token LoRA", "4", "2"],
+        ["conversion", "4", "2"],
+        ["student from zero", "16", "2"],
+    ]
+    assert rows[3][4] == ""
+    assert rows[4][4] == "0.750 ± 0.000"
+    assert all(len(row) == len(rows[0]) for row in rows)
+
+
+def test_ways_of_serving_in_a_table():
+    served = {turns.FRESH: [1.0, 2.0, 3.0], turns.CACHED: [4.0, 5.0, 6.0]}
+    runs = {str(i): {"method": m, "form": f, "seed": 0, "served": served} for i, (m, f) in enumerate(turns.WAYS)}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report_parts.turns_table(runs)]
+    assert [row[1:3] for row in rows[2:]] == [
+        [turns.WHOLE, "either"],
+        [turns.WHOLE, turns.FRESH],
+        [turns.WHOLE, turns.CACHED],
+        [turns.EXPANDED, turns.FRESH],
+        [turns.EXPANDED, turns.CACHED],
+    ]
+    assert rows[4][3:] == ["1", "4.000", "5.000", "6.000"]
 
 
 def test_the_page_is_what_the_results_say(tmp_path, monkeypatch):

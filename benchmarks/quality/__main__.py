@@ -1,8 +1,8 @@
 """The quality study: `python -m benchmarks.quality [--tasks cities,devil] [--seeds 3] [--device cuda]`.
 
-Parts: sft (methods and ranks by task), distill, turns (conversations). Ctrl-C stops it; the same command goes on where
-it stopped. Results: a JSON file per device and part in --results. `python -m benchmarks.quality.report` writes
-docs/quality.md from the committed ones.
+Parts: sft (methods and ranks by task), distill, turns (conversations), rl (GRPO). Ctrl-C stops it; the same command
+goes on where it stopped. Results: a JSON file per device and part in --results. `python -m benchmarks.quality.report`
+writes docs/quality.md from the committed ones.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.quality import distill, turns
+from benchmarks.quality import distill, rl, turns
 from benchmarks.quality.methods import METHODS, RANKS
 from benchmarks.quality.store import RESULTS, Store
 from benchmarks.quality.study import Bench, base_result, chosen_rate, full_run, plan
@@ -92,7 +92,12 @@ def _turns(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace)
     return [partial(turns.run, base, tokenizer, store, *one) for one in turns.plan(options.seeds)]
 
 
-PARTS = {"sft": _sft, "distill": _distill, "turns": _turns}
+def _rl(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
+    bench = Bench(base, tokenizer, TASKS["cities"]())
+    return [partial(rl.run, bench, store, *one) for one in rl.plan(options.seeds)]
+
+
+PARTS = {"sft": _sft, "distill": _distill, "turns": _turns, "rl": _rl}
 
 
 if __name__ == "__main__":

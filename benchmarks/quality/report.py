@@ -9,16 +9,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.intervals import interval
+from benchmarks.quality.methods import COLOURS, METHODS, NAMES
+from benchmarks.quality.report_parts import PARTS
 from benchmarks.quality.store import RESULTS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "quality.md"
 IMAGES = ROOT / "docs" / "images"
-NAMES = {"lora": "all-token LoRA", "lora-p": "LoRA-P", "direft-p": "DiReFT-P"}
-COLOURS = {"lora": "#666666", "lora-p": "#1f77b4", "direft-p": "#d62728"}
-# Student's t for a two-sided 95 % interval, by degrees of freedom
-T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 BEGIN, END = "<!-- {} -->", "<!-- end -->"
 
 Runs = list[dict[str, Any]]
@@ -34,7 +32,18 @@ def main() -> None:
             page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, data["environment"]))
             page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base))
             plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
+    for part, (table, draw) in PARTS.items():
+        for file in sorted((RESULTS / part).glob("*.json")):
+            data = json.loads(file.read_text())
+            page = replaced(page, f"{file.stem} {part}", [where(data["environment"]), "", *table(data["runs"])])
+            if draw is not None:
+                draw(data["runs"], IMAGES / f"quality-{file.stem}-{part}.png")
     PAGE.write_text(page)
+
+
+def where(environment: dict[str, str]) -> str:
+    """Returns the line above a table: what it was measured on."""
+    return f"{environment['device']}, {environment['threads']} thread(s), torch {environment['torch']}."
 
 
 def rank_table(runs: Runs, base: dict[str, Any], environment: dict[str, str]) -> list[str]:
@@ -63,8 +72,7 @@ def rank_table(runs: Runs, base: dict[str, Any], environment: dict[str, str]) ->
     test = f"{base['num_test_rows']} held-out rows; loss of the base model {base['loss']:.3f}"
     floor = noise_floor(runs)
     noise = "" if floor is None else f"; noise floor (standard deviation over seeds, pooled) {floor:.3f}"
-    where = f"{environment['device']}, {environment['threads']} thread(s), torch {environment['torch']}"
-    return [f"{test}{noise}. {where}.", "", *lines]
+    return [f"{test}{noise}. {where(environment)}", "", *lines]
 
 
 def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:
@@ -89,17 +97,6 @@ def noise_floor(runs: Runs) -> float | None:
     if not variances:
         return None
     return math.sqrt(sum(v * n for v, n in variances) / sum(n for _, n in variances))
-
-
-def interval(values: Sequence[float], signed: bool = False) -> str:
-    """Returns `mean ± half width` of a 95 % interval by Student's t; only the mean for one value."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):{'+' if signed else ''}.3f}"
-    if len(values) == 1:
-        return mean
-    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean} ± {half:.3f}"
 
 
 def replaced(page: str, name: str, lines: Sequence[str]) -> str:

@@ -1,0 +1,113 @@
+"""Tables and plots of the study's parts beside the supervised one: distillation, conversations, reinforcement."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.quality.distill import CONVERSION, STUDENTS
+from benchmarks.quality.intervals import interval
+from benchmarks.quality.methods import COLOURS, NAMES
+from benchmarks.quality.turns import CACHED, FRESH, WAYS
+
+Runs = dict[str, dict[str, Any]]
+
+
+def distill_table(runs: Runs) -> list[str]:
+    """Returns a row for the teacher, its conversion and each student: mean over seeds and half of a 95 % interval."""
+    teachers = {run["seed"]: run for key, run in runs.items() if key.startswith("part=teacher")}
+    students = [run for key, run in runs.items() if key.startswith("part=distill")]
+    converted = {run["seed"]: run["loss"] for run in students if run["start"] == CONVERSION}
+    rank = next(iter(teachers.values()))["rank"]
+    rows = [["", "r", "seeds", "held-out loss", "gap closed", "KL to the teacher", "top-1 agreement", "fields right"]]
+    rows.append(["---"] * len(rows[0]))
+    rows.append(["teacher, all-token LoRA", str(rank), *_loss_of(list(teachers.values())), "", "0", "100 %"])
+    rows[-1].append(_percent(list(teachers.values()), "field_accuracy"))
+    for start, rank in STUDENTS:
+        found = [run for run in students if (run["start"], run["rank"]) == (start, rank)]
+        if not found:
+            continue
+        closed = [_closed(run["loss"], converted[run["seed"]], teachers[run["seed"]]["loss"]) for run in found]
+        rows.append([start if start == CONVERSION else f"student {start}", str(rank), *_loss_of(found)])
+        rows[-1].append("" if start == CONVERSION else interval(closed))
+        rows[-1].append(interval([run["kl"] for run in found]))
+        rows[-1] += [_percent(found, "top1"), _percent(found, "field_accuracy")]
+    return _lines(rows)
+
+
+def turns_table(runs: Runs) -> list[str]:
+    """Returns the losses of the first, second and third answers by form of the data and way of serving."""
+    rows = [["method", "trained on", "served with", "seeds", "first answer", "second", "third"], ["---"] * 7]
+    for method, form in WAYS:
+        found = [run for run in runs.values() if (run["method"], run["form"]) == (method, form)]
+        for way in (FRESH, CACHED) if found and method != "lora" else (FRESH,) if found else ():
+            served = way if method != "lora" else "either"
+            row = [NAMES[method], form, served, str(len(found))]
+            rows.append(row + [interval([run["served"][way][turn] for run in found]) for turn in range(3)])
+    return _lines(rows)
+
+
+def rl_table(runs: Runs) -> list[str]:
+    """Returns rewards at the beginning and at the end, and greedy scores on held-out rows."""
+    warm = [run for key, run in runs.items() if key.startswith("part=warm-start")]
+    rows = [["", "seeds", "reward, first 5 steps", "reward, last 10 steps", "held-out fields right, greedy"]]
+    rows.append(["---"] * len(rows[0]))
+    rows.append(["warm start", "", "", "", _percent(warm, "field_accuracy")])
+    for method in NAMES:
+        found = [run for key, run in runs.items() if key.startswith("part=rl") and run["method"] == method]
+        if found:
+            first = interval([statistics.fmean(run["curve"]["reward"][:5]) for run in found])
+            last = interval([run["last_reward"] for run in found])
+            scores = interval([100 * run["field_accuracy"] for run in found], digits=1)
+            rows.append([f"{NAMES[method]}, r={found[0]['rank']}", str(len(found)), first, last, f"{scores} %"])
+    return _lines(rows)
+
+
+def rl_plot(runs: Runs, file: Path) -> None:
+    """Draws the reward of each run, smoothed over five steps, and the mean over seeds."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for method in NAMES:
+        curves = [
+            _smoothed(run["curve"]["reward"])
+            for key, run in runs.items()
+            if key.startswith("part=rl") and run["method"] == method
+        ]
+        for curve in curves:
+            axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[method], alpha=0.3)
+        if curves:
+            mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+            axes.plot(range(1, len(mean) + 1), mean, color=COLOURS[method], label=NAMES[method])
+    axes.set(xlabel="GRPO step", ylabel="share of right fields")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
+PARTS: dict[str, tuple[Callable[[Runs], list[str]], Callable[[Runs, Path], None] | None]] = {
+    "distill": (distill_table, None),
+    "turns": (turns_table, None),
+    "rl": (rl_table, rl_plot),
+}
+
+
+def _closed(loss: float, converted: float, teacher: float) -> float:
+    return (converted - loss) / (converted - teacher)
+
+
+def _loss_of(runs: Sequence[dict[str, Any]]) -> list[str]:
+    return [str(len(runs)), interval([run["loss"] for run in runs])]
+
+
+def _percent(runs: Sequence[dict[str, Any]], name: str) -> str:
+    return f"{100 * statistics.fmean(run[name] for run in runs):.0f} %"
+
+
+def _smoothed(values: Sequence[float], width: int = 5) -> list[float]:
+    return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]
