@@ -122,6 +122,6 @@ def test_output_hidden_states_show_the_edit(method):
         base = c.base(input_ids=ids, output_hidden_states=True).hidden_states
     assert len(found) == len(expected)
     for i, (one, other, untouched) in enumerate(zip(found, expected, base, strict=True)):
-        assert torch.allclose(one, other, atol=1e-5)
+        assert torch.allclose(one, other, atol=1e-4)
         if i > 0:
             assert not torch.allclose(one, untouched, atol=1e-3)

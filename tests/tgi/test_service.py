@@ -265,7 +265,8 @@ def test_bad_adapters_are_refused_and_others_go_on(service, tmp_path):
             status, text, _ = service.admin("POST", "", {"id": name, "location": str(tmp_path / name)})
             assert (status, said in text) == (422, True), text
             assert service.generate(ids, name)[0] == 422
-        assert running.result() == (200, service.world.expected("wide", ids, 60))
+        result = running.result()
+        assert result == (200, service.world.expected("wide", ids, 60)), result
 
 
 def test_killed_and_started_again():
