@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from benchmarks import training
-from benchmarks.quality import distill, report, report_parts, rl, study, turns
+from benchmarks.quality import distill, helps, report, report_parts, rl, study, turns
 from benchmarks.quality.methods import LEARNING_RATES, METHODS, RANKS, adapted
 from benchmarks.quality.sft import BUCKETS, evaluate, train
 from benchmarks.quality.store import Store
@@ -54,6 +54,12 @@ def test_a_run_that_is_there_is_not_done_again(tmp_path, monkeypatch):
     store.put(key, {"loss": 1.0})
     assert Store(tmp_path / "r.json", {}).get(key) == {"loss": 1.0}
     assert not list(tmp_path.glob("*.partial"))
+    # runs of one machine, then of another, then of the first again
+    for device, earlier in (("a", []), ("b", ["a"]), ("a", ["b"])):
+        Store(tmp_path / "r.json", {"device": device}).put("key", {"loss": 2.0})
+        data = json.loads((tmp_path / "r.json").read_text())
+        assert ([one["device"] for one in data["earlier"]], data["environment"]["device"]) == (earlier, device)
+        assert len(data["runs"]) == 2
 
 
 def test_the_search_keeps_the_best_rates(tmp_path, monkeypatch):
@@ -212,6 +218,53 @@ def test_ways_of_serving_in_a_table():
         [turns.EXPANDED, turns.CACHED],
     ]
     assert rows[4][3:] == ["1", "4.000", "5.000", "6.000"]
+
+
+@pytest.mark.parametrize("variant", helps.VARIANTS)
+def test_variants_are_what_they_are_called(variant, tmp_path, monkeypatch):
+    made = []
+
+    def train(model, samples, *others):
+        made.append((model, samples))
+
+    monkeypatch.setattr(helps, "train", train)
+    monkeypatch.setattr(helps, "score", lambda bench, model: {})
+    monkeypatch.setattr(helps, "TASK_TEXT", "w20 w21")
+    monkeypatch.setitem(helps.VARIANTS, "task text at the end of the prompt", {"suffix": "w20 w21"})
+
+    class Bench:
+        task = type("Task", (), {"name": "t"})
+        base, tokenizer, pad = make_base(), tokenizer(), 0
+        train = test = ROWS
+
+    store = Store(tmp_path / "r.json", {})
+    result = helps.run(Bench(), store, variant, 1e-3, 0, lambda text: None)  # type: ignore[arg-type]
+    assert result == helps.run(Bench(), store, variant, 1e-3, 0, lambda text: None)  # type: ignore[arg-type]
+    ((model, samples),) = made
+    config = model.peft_config["default"]
+    assert config.lora_alpha == {"alpha = r": 16, "alpha = 4 r": 64}.get(variant, 32)
+    layers = {name.split("layers.")[1][0] for name, _ in model.named_parameters() if "preft_A" in name}
+    assert layers == {"first half of the layers": {"0"}, "second half of the layers": {"1"}}.get(variant, {"0", "1"})
+    kinds = {name.split(".")[-3] for name, _ in model.named_parameters() if "preft_A" in name}
+    assert kinds == set(
+        {"attention alone": helps.ATTENTION, "MLP alone": helps.MLP}.get(variant, helps.ATTENTION + helps.MLP)
+    )
+    longer = 2 if variant.startswith("task text") else 0
+    assert len(samples[2]["input_ids"]) == 5 + longer
+    assert samples[2]["labels"] == [-100] * (2 + longer) + [7, 8, 9]
+
+
+def test_a_variant_is_shown_at_its_best_rate():
+    runs = {}
+    for variant, losses in (("default", (2.0, 1.0)), ("alpha = r", (0.5, 3.0))):
+        for rate, loss in zip(helps.RATES, losses, strict=True):
+            for seed in range(2):
+                runs[f"{variant} {rate} {seed}"] = {"variant": variant, "lr": rate, "seed": seed, "loss": loss}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report_parts.helps_table(runs)]
+    assert rows[2:] == [
+        ["default", "0.003", "2", "1.000 ± 0.000", ""],
+        ["alpha = r", "0.001", "2", "0.500 ± 0.000", "-0.500 ± 0.000"],
+    ]
 
 
 def test_the_page_is_what_the_results_say(tmp_path, monkeypatch):

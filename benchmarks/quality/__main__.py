@@ -1,8 +1,8 @@
 """The quality study: `python -m benchmarks.quality [--tasks cities,devil] [--seeds 3] [--device cuda]`.
 
-Parts: sft (methods and ranks by task), distill, turns (conversations), rl (GRPO). Ctrl-C stops it; the same command
-goes on where it stopped. Results: a JSON file per device and part in --results. `python -m benchmarks.quality.report`
-writes docs/quality.md from the committed ones.
+Parts: sft (methods and ranks by task), distill, turns (conversations), rl (GRPO), helps (settings of LoRA-P). Ctrl-C
+stops it; the same command goes on where it stopped. Results: a JSON file per device and part in --results.
+`python -m benchmarks.quality.report` writes docs/quality.md from the committed ones.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.quality import distill, rl, turns
+from benchmarks.quality import distill, helps, rl, turns
 from benchmarks.quality.methods import METHODS, RANKS
 from benchmarks.quality.store import RESULTS, Store
 from benchmarks.quality.study import Bench, base_result, chosen_rate, full_run, plan
@@ -97,7 +97,12 @@ def _rl(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) ->
     return [partial(rl.run, bench, store, *one) for one in rl.plan(options.seeds)]
 
 
-PARTS = {"sft": _sft, "distill": _distill, "turns": _turns, "rl": _rl}
+def _helps(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
+    bench = Bench(base, tokenizer, TASKS["cities"]())
+    return [partial(helps.run, bench, store, *one) for one in helps.plan(options.seeds)]
+
+
+PARTS = {"sft": _sft, "distill": _distill, "turns": _turns, "rl": _rl, "helps": _helps}
 
 
 if __name__ == "__main__":

@@ -29,24 +29,27 @@ def main() -> None:
         for task in sorted({run["task"] for run in data["runs"].values() if "seed" in run}):
             runs = [run for run in data["runs"].values() if run.get("task") == task and "seed" in run]
             base = data["runs"][f"part=base task={task}"]
-            page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, data["environment"]))
+            page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, where(data)))
             page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base))
             plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
     for part, (table, draw) in PARTS.items():
         for file in sorted((RESULTS / part).glob("*.json")):
             data = json.loads(file.read_text())
-            page = replaced(page, f"{file.stem} {part}", [where(data["environment"]), "", *table(data["runs"])])
+            page = replaced(page, f"{file.stem} {part}", [where(data), "", *table(data["runs"])])
             if draw is not None:
                 draw(data["runs"], IMAGES / f"quality-{file.stem}-{part}.png")
     PAGE.write_text(page)
 
 
-def where(environment: dict[str, str]) -> str:
-    """Returns the line above a table: what it was measured on."""
-    return f"{environment['device']}, {environment['threads']} thread(s), torch {environment['torch']}."
+def where(data: dict[str, Any]) -> str:
+    """Returns the line above a table: what its runs were made on."""
+    environments = [*data.get("earlier", []), data["environment"]]
+    versions = ", ".join(sorted({one["torch"] for one in environments}))
+    threads = ", ".join(sorted({one["threads"] for one in environments}))
+    return f"{' and '.join(one['device'] for one in environments)}, {threads} thread(s), torch {versions}."
 
 
-def rank_table(runs: Runs, base: dict[str, Any], environment: dict[str, str]) -> list[str]:
+def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     """Returns loss by method and rank: mean over seeds, half of the 95 % interval, difference to LoRA seed by seed."""
     scored = "field_accuracy" in base
     head = ["method", "r", "learning rate", "seeds", "held-out loss", "against LoRA of this r", "against LoRA, r=1"]
@@ -72,7 +75,7 @@ def rank_table(runs: Runs, base: dict[str, Any], environment: dict[str, str]) ->
     test = f"{base['num_test_rows']} held-out rows; loss of the base model {base['loss']:.3f}"
     floor = noise_floor(runs)
     noise = "" if floor is None else f"; noise floor (standard deviation over seeds, pooled) {floor:.3f}"
-    return [f"{test}{noise}. {where(environment)}", "", *lines]
+    return [f"{test}{noise}. {made_on}", "", *lines]
 
 
 def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.quality.distill import CONVERSION, STUDENTS
+from benchmarks.quality.helps import VARIANTS
 from benchmarks.quality.intervals import interval
 from benchmarks.quality.methods import COLOURS, NAMES
 from benchmarks.quality.turns import CACHED, FRESH, WAYS
@@ -65,6 +66,27 @@ def rl_table(runs: Runs) -> list[str]:
     return _lines(rows)
 
 
+def helps_table(runs: Runs) -> list[str]:
+    """Returns each variant's loss at its best learning rate, and the difference to the default's, seed by seed."""
+    best = {variant: _at_best_rate(runs, variant) for variant in VARIANTS}
+    default = {run["seed"]: run["loss"] for run in best["default"]}
+    rows = [["variant", "learning rate", "seeds", "held-out loss", "against the default"], ["---"] * 5]
+    for variant, found in best.items():
+        if found:
+            pairs = [run["loss"] - default[run["seed"]] for run in found if run["seed"] in default]
+            difference = "" if variant == "default" else interval(pairs, signed=True)
+            rows.append([variant, f"{found[0]['lr']:g}", *_loss_of(found), difference])
+    return _lines(rows)
+
+
+def _at_best_rate(runs: Runs, variant: str) -> list[dict[str, Any]]:
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for run in runs.values():
+        if run["variant"] == variant:
+            by_rate.setdefault(run["lr"], []).append(run)
+    return min(by_rate.values(), key=lambda found: statistics.fmean(run["loss"] for run in found), default=[])
+
+
 def rl_plot(runs: Runs, file: Path) -> None:
     """Draws the reward of each run, smoothed over five steps, and the mean over seeds."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
@@ -90,6 +112,7 @@ PARTS: dict[str, tuple[Callable[[Runs], list[str]], Callable[[Runs, Path], None]
     "distill": (distill_table, None),
     "turns": (turns_table, None),
     "rl": (rl_table, rl_plot),
+    "helps": (helps_table, None),
 }
 
 

@@ -10,13 +10,20 @@ Result = dict[str, Any]
 
 
 class Store:
-    """The runs of one device. A key says all that decides a result; results are written as they come."""
+    """The runs of one kind of device. A key says all that decides a result; results are written as they come.
+
+    Args:
+        environment: what runs from here on are made on; that of runs which are there already is kept beside it
+    """
 
     def __init__(self, file: Path, environment: dict[str, str]):
         self.file = file
-        self._data: dict[str, Any] = {"environment": environment, "runs": {}}
+        self._data: dict[str, Any] = {"environment": environment, "earlier": [], "runs": {}}
         if file.exists():
-            self._data["runs"] = json.loads(file.read_text())["runs"]
+            before = json.loads(file.read_text())
+            known = {one["device"]: one for one in (*before.get("earlier", ()), before["environment"]) if one}
+            self._data["earlier"] = [one for device, one in known.items() if device != environment.get("device")]
+            self._data["runs"] = before["runs"]
 
     @staticmethod
     def key(**facts: Any) -> str:
