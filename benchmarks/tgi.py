@@ -2,16 +2,19 @@
 
 Routing: the host's work per forward with 512 adapters registered, for a decode step and for prefills.
 Front door: the time of a request through it and past it, in turns, to an upstream on loopback that answers at once;
-client, door and upstream share one event loop.
+client, door and upstream share one event loop. With --wrk the tool of that name asks from a process of its own.
 """
 
 import argparse
 import asyncio
 import json
+import re
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,12 +36,18 @@ from tgi_patch.registry import Registry
 from tgi_patch.routing import TICKET
 from tgi_patch.settings import Settings
 
+SAID = {"generated_text": "said"}
+AskBoth = Callable[[str, str, str], Awaitable[tuple[list[float], list[float]]]]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=512)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--wrk", action="store_true", help="ask the front door with wrk, which has to be installed")
     options = parser.parse_args()
+    if options.wrk and shutil.which("wrk") is None:
+        parser.error("--wrk: there is no wrk on the PATH; apt-get install wrk")
     console = Console()
     made = environment("python -m benchmarks.tgi")
     console.print(f"{made['device']}, torch {torch.__version__}, Python {sys.version.split()[0]}")
@@ -46,12 +55,13 @@ def main() -> None:
     for name, seconds in routing(options.adapters).items():
         low, high = statistics.quantiles(seconds, n=4)[::2]
         console.print(f"{name:58} {1e3 * statistics.median(seconds):.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})")
-    past, through = asyncio.run(front_door(options.requests))
+    past, through = asyncio.run(front_door(by_wrk if options.wrk else one_by_one(options.requests)))
     added = [1e3 * (b - a) for a, b in zip(past, through, strict=True)]
     low, high = statistics.quantiles(added, n=4)[::2]
+    how = f"{len(added)} turns of wrk, medians" if options.wrk else f"{len(added)} requests one after the other"
     console.print(
         f"front door adds {statistics.median(added):.2f} ms ({low:.2f} to {high:.2f}) to "
-        f"{1e3 * statistics.median(past):.2f} ms, {options.requests} requests one after the other"
+        f"{1e3 * statistics.median(past):.2f} ms, {how}"
     )
 
 
@@ -101,51 +111,80 @@ def routing(num_adapters: int) -> dict[str, list[float]]:
         return found
 
 
-async def front_door(count: int) -> tuple[list[float], list[float]]:
-    """Returns the seconds of each request past the front door and through it, one after the other."""
+async def front_door(ask_both: AskBoth) -> tuple[list[float], list[float]]:
+    """Returns the seconds of each request past the front door and through it."""
 
     async def answer(request: web.Request) -> web.Response:
         await request.read()
-        return web.json_response({"generated_text": "said"})
+        return web.json_response(SAID)
 
     def ask(directory: Path, rank: int, request: dict, timeout_s: float = 1.0) -> dict:
         return {"ok": True, "adapters": {f"a{i}": {"location": "x"} for i in range(512)}}
 
     application = web.Application()
     application.router.add_post("/generate", answer)
-    runners, ports = [], []
+    runners: list[web.AppRunner] = []
     fleet = Fleet(Settings(adapters={"a0": "x"}), 1, {"base"}, set(), ask=ask)
     await fleet.start()
-    upstream = await started(application, runners, ports)
-    door = await started(FrontDoor(upstream, fleet).application(), runners, ports)
+    upstream = await started(application, runners)
+    door = await started(FrontDoor(upstream, fleet).application(), runners)
     body = json.dumps({"inputs": "x " * 1000, "parameters": {"adapter_id": "a7"}})
+    try:
+        return await ask_both(upstream, door, body)
+    finally:
+        for runner in runners:
+            await runner.cleanup()
+
+
+def one_by_one(count: int) -> AskBoth:
+    """Returns a client of this process that asks both in turns, one request at a time."""
+
+    async def ask_both(upstream: str, door: str, body: str) -> tuple[list[float], list[float]]:
+        times: dict[str, list[float]] = {upstream: [], door: []}
+        async with aiohttp.ClientSession() as session:
+            for i in range(count + 20):
+                for url in ((upstream, door), (door, upstream))[i % 2]:
+                    start = time.perf_counter()
+                    async with session.post(url + "/generate", data=body) as response:
+                        said = await response.json()
+                    took = time.perf_counter() - start
+                    if response.status != 200 or said != SAID:
+                        raise SystemExit(f"{url} answered {response.status} {said}: nothing is timed")
+                    if i >= 20:
+                        times[url].append(took)
+        return times[upstream], times[door]
+
+    return ask_both
+
+
+async def by_wrk(upstream: str, door: str, body: str) -> tuple[list[float], list[float]]:
+    """Has wrk ask both in turns, two seconds each over one connection. Returns the median of each turn."""
+    await one_by_one(1)(upstream, door, body)
     times: dict[str, list[float]] = {upstream: [], door: []}
-    async with aiohttp.ClientSession() as session:
-        for i in range(count + 20):
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "post.lua"
+        lines = ("wrk.method = 'POST'", f"wrk.body = [[{body}]]", "wrk.headers['Content-Type'] = 'application/json'")
+        script.write_text("\n".join(lines))
+        for i in range(10):
             for url in ((upstream, door), (door, upstream))[i % 2]:
-                start = time.perf_counter()
-                async with session.post(url + "/generate", data=body) as response:
-                    said = await response.json()
-                took = time.perf_counter() - start
-                if response.status != 200 or said != {"generated_text": "said"}:
-                    raise SystemExit(f"{url} answered {response.status} {said}: nothing is timed")
-                if i >= 20:
-                    times[url].append(took)
-    for runner in runners:
-        await runner.cleanup()
+                command = ["wrk", "-t1", "-c1", "-d2s", "--latency", "-s", str(script), url + "/generate"]
+                process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+                shown = (await process.communicate())[0].decode()
+                median = re.search(r"50%\s+([\d.]+)(us|ms|s)", shown)
+                if median is None or "Non-2xx" in shown or "Socket errors" in shown:
+                    raise SystemExit(f"{url}: {shown}: nothing is timed")
+                times[url].append(float(median[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[median[2]])
     return times[upstream], times[door]
 
 
-async def started(application: web.Application, runners: list[web.AppRunner], ports: list[int]) -> str:
+async def started(application: web.Application, runners: list[web.AppRunner]) -> str:
     """Serves an application on a free port of loopback and returns its URL."""
     runner = web.AppRunner(application, handler_cancellation=True, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     runners.append(runner)
-    port = runner.addresses[0][1]
-    ports.append(port)
-    return f"http://127.0.0.1:{port}"
+    return f"http://127.0.0.1:{runner.addresses[0][1]}"
 
 
 if __name__ == "__main__":
