@@ -67,6 +67,22 @@ STATE_SPACE: dict[str, dict[str, object]] = {
     "falcon_mamba": {"state_size": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 4, "expand": 2},
 }
+# further ones that TGI serves
+OTHERS: dict[str, dict[str, object]] = {
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
+    "starcoder2": {
+        "sliding_window": None,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "mlp_type": "default",
+        "norm_type": "layer_norm",
+    },
+}
 # attention beside layers that keep a state instead of keys and values
 HYBRID = {"falcon_h1", "lfm2"}
 METHODS = ["lora", "direft", "loreft"]
@@ -75,7 +91,9 @@ METHODS = ["lora", "direft", "loreft"]
 def make_base(architecture: str = "llama", **overrides: object) -> PreTrainedModel:
     """Returns a random float32 model in eval mode, the same for the same arguments."""
     common = GPT2 if architecture == "gpt2" else COMMON
-    config = AutoConfig.for_model(architecture, **(common | (SPECIFIC | STATE_SPACE)[architecture] | overrides))
+    config = AutoConfig.for_model(
+        architecture, **(common | (SPECIFIC | STATE_SPACE | OTHERS)[architecture] | overrides)
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     # Larger weights than the initialisation's, so that logits are far apart and greedy choices are not ties.

@@ -38,7 +38,10 @@ def check(server, world, cases):
 # TGI's paged attention has no softcap on a CPU, which gemma2 needs
 @pytest.mark.parametrize(
     ("architecture", "attention"),
-    [(name, "flashdecoding-ipex") for name in ("llama", "mistral", "qwen2", "gemma2", "gemma3_text")]
+    [
+        (name, "flashdecoding-ipex")
+        for name in ("llama", "mistral", "qwen2", "gemma2", "gemma3_text", "phi3", "granite")
+    ]
     + [(name, "paged") for name in ("llama", "mistral", "qwen2")],
 )
 def test_every_way_a_batch_is_made(architecture, attention):
@@ -84,7 +87,21 @@ def test_the_check_fails_without_the_position_rule():
         check(server, world, mixed())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_starcoder2_takes_lora(world_size):
+    """Its MLP is not gated, its linear layers have biases, and it has no place for DiReFT-P."""
+    world = world_of("starcoder2")
+    some = {name: path for name, path in world.crowd.paths.items() if name not in ("edit", "turn")}
+    ids = some_ids(11, 1)
+    assert len({tuple(world.expected(name, ids, 6)) for name in [None, *some]}) == 4
+    listed = ",".join(f"{name}={path}" for name, path in some.items())
+    with serving(world, "flashdecoding-ipex", world_size, prefill_tokens=24, PREFT_ADAPTERS=listed) as server:
+        cases = [(name, some_ids(4 + 3 * i, i), 8, {}) for i, name in enumerate([None, *some, "wide"])]
+        cases += [("few", some_ids(9, 40), 5, {"arrive": 2}), (None, some_ids(70, 52), 5, {"arrive": 3, "chunk": 9})]
+        check(server, world, [*cases, ("wide", some_ids(50, 9), 5, {"chunk": 16})])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "granite"])
 def test_two_shards(architecture):
     world = world_of(architecture)
     with serving(world, "flashdecoding-ipex", world_size=2, prefill_tokens=24) as server:
