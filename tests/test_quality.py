@@ -129,7 +129,7 @@ def test_conversations_count_on():
 
 
 def test_students_of_a_distillation(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFT_CACHE", str(tmp_path))
     for name, value in (("NUM_STEPS", 3), ("NUM_PROMPTS", 4), ("RATE", 3e-3), ("TEACHER_RATE", 3e-2)):
         monkeypatch.setattr(distill, name, value)
 
@@ -156,7 +156,7 @@ def test_students_of_a_distillation(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_reinforcement_from_one_start(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFT_CACHE", str(tmp_path))
     for name, value in (("NUM_STEPS", 2), ("WARM_STEPS", 3), ("MAX_TOKENS", 4), ("RATE", 1e-1)):
         monkeypatch.setattr(rl, name, value)
     monkeypatch.setattr(rl, "score", lambda bench, model: {"field_accuracy": 0.5})

@@ -83,26 +83,22 @@ def _sft(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -
     return [partial(run, *one) for one in plan(tasks, options.methods.split(","), ranks, options.seeds)]
 
 
-def _distill(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
+def _on_cities(part: Any, base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
     bench = Bench(base, tokenizer, TASKS["cities"]())
-    return [partial(distill.run, bench, store, *one) for one in distill.plan(options.seeds)]
+    return [partial(part.run, bench, store, *one) for one in part.plan(options.seeds)]
 
 
 def _turns(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
     return [partial(turns.run, base, tokenizer, store, *one) for one in turns.plan(options.seeds)]
 
 
-def _rl(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
-    bench = Bench(base, tokenizer, TASKS["cities"]())
-    return [partial(rl.run, bench, store, *one) for one in rl.plan(options.seeds)]
-
-
-def _helps(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
-    bench = Bench(base, tokenizer, TASKS["cities"]())
-    return [partial(helps.run, bench, store, *one) for one in helps.plan(options.seeds)]
-
-
-PARTS = {"sft": _sft, "distill": _distill, "turns": _turns, "rl": _rl, "helps": _helps}
+PARTS: dict[str, Callable[..., list[Run]]] = {
+    "sft": _sft,
+    "distill": partial(_on_cities, distill),
+    "turns": _turns,
+    "rl": partial(_on_cities, rl),
+    "helps": partial(_on_cities, helps),
+}
 
 
 if __name__ == "__main__":

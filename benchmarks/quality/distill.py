@@ -3,7 +3,6 @@
 import copy
 import gc
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.quality.store import Result, Store
 from benchmarks.quality.study import Bench, score
 from preft_hf import PreftConfig
 from preft_hf.data import Sample
+from preft_hf.demo.model import cache_directory
 from preft_hf.distill import agreement, distillation_loss, load_teacher, responses, widened
 from preft_hf.training import IGNORED_LABEL
 
@@ -46,7 +46,7 @@ def run(bench: Bench, store: Store, start: str, rank: int, seed: int, report: Ca
     found = store.get(key)
     if found is not None:
         return found
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "preft" / "quality" / f"teacher-{seed}"
+    folder = cache_directory() / "quality" / f"teacher-{seed}"
     _teach(bench, store, folder, seed, report)
     gc.collect()
     base = copy.deepcopy(bench.base)

@@ -2,11 +2,9 @@
 
 import copy
 import gc
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM
@@ -16,6 +14,7 @@ from benchmarks.quality.sft import evaluate, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.study import Bench, score
 from preft_hf.demo.cities import NUM_FIELDS, num_right_fields
+from preft_hf.demo.model import cache_directory
 from preft_hf.trl import check_trainer
 
 METHODS = ("lora", "lora-p")
@@ -57,7 +56,7 @@ def run(bench: Bench, store: Store, method: str, seed: int, report: Callable[[st
 
 def warm_start(bench: Bench, store: Store, report: Callable[[str], None]) -> Any:
     """Returns the base model after a short supervised run whose adapter was merged: where all methods begin."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "preft" / "quality" / "warm-start"
+    folder = cache_directory() / "quality" / "warm-start"
     facts = {"task": bench.task.name, "rank": RANK, "steps": WARM_STEPS, "lr": WARM_RATE}
     key = store.key(part="warm-start", **facts)
     if store.get(key) is None or not (folder / "config.json").exists():

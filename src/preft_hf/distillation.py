@@ -15,7 +15,7 @@ from preft_hf.data import DataError, Sample, Turn, encode_prompts, encode_turns,
 from preft_hf.distill import Agreement, agreement, distillation_loss, load_teacher, responses, widened
 from preft_hf.finetune import check_context, load_base, split
 from preft_hf.run_folder import check_output, run_facts, write_facts, write_metrics
-from preft_hf.sft import TrainingPlan, train
+from preft_hf.sft import TrainingPlan, steps_of, train
 from preft_hf.training import IGNORED_LABEL
 
 FREE_OPTIONS = {"output", "data", "resume", "scored_rows"}
@@ -218,7 +218,7 @@ def _student(base: Any, teacher: Any, options: DistillOptions) -> Any:
 
 
 def _plan(options: DistillOptions, num_rows: int) -> TrainingPlan:
-    steps = options.steps or max(1, round(options.epochs * num_rows / options.batch_size))
+    steps = steps_of(options.steps, options.epochs, num_rows, options.batch_size)
     return TrainingPlan(
         output=options.output,
         num_steps=steps,

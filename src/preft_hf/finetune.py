@@ -11,7 +11,7 @@ from rich.console import Console
 from preft_hf.config import PreftConfig
 from preft_hf.data import DataError, Sample, Turn, encode_turns, read_turns
 from preft_hf.run_folder import check_output, run_facts, write_facts, write_metrics
-from preft_hf.sft import TrainingPlan, evaluate, train
+from preft_hf.sft import TrainingPlan, evaluate, steps_of, train
 
 DEMO_MODEL = "demo"
 # what may change between a run and its resumption without changing a loss
@@ -217,7 +217,7 @@ def split(turns: list[Turn], share: float, seed: int, data: Path) -> tuple[list[
 
 
 def _plan(options: FinetuneOptions, num_rows: int) -> TrainingPlan:
-    steps = options.steps or max(1, round(options.epochs * num_rows / options.batch_size))
+    steps = steps_of(options.steps, options.epochs, num_rows, options.batch_size)
     return TrainingPlan(
         output=options.output,
         num_steps=steps,

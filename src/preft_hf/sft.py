@@ -125,6 +125,11 @@ class _Trainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
+def steps_of(steps: int | None, epochs: float, num_rows: int, batch_size: int) -> int:
+    """Returns the optimizer steps of a run: those asked for, else of so many passes over the rows; at least 1."""
+    return steps or max(1, round(epochs * num_rows / batch_size))
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest whole checkpoint; None if there is none. Trainer writes trainer_state.json last."""
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json") if _is_json(file)]
