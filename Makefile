@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format test-tgi bench clean
+.PHONY: demo test lint format test-tgi test-vllm bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -23,6 +23,9 @@ format: .venv/dev.stamp
 
 test-tgi: .venv/dev.stamp
 	$(BIN)/pytest -m tgi -q
+
+test-vllm: .venv/dev.stamp
+	$(BIN)/pytest -m vllm -q
 
 bench: .venv/demo.stamp
 	$(BIN)/python -m benchmarks.run

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 TGI_PYTHON = Path(os.environ.get("PREFT_TGI_PYTHON", "~/.cache/preft/tgi/bin/python")).expanduser()
+VLLM_PYTHON = Path(os.environ.get("PREFT_VLLM_PYTHON", "~/.cache/preft/vllm/bin/python")).expanduser()
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,7 @@ def pytest_collection_modifyitems(items):
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
         "tgi": None if TGI_PYTHON.exists() else f"no TGI Python at {TGI_PYTHON}; name one with PREFT_TGI_PYTHON",
+        "vllm": None if VLLM_PYTHON.exists() else f"no vLLM Python at {VLLM_PYTHON}; name one with PREFT_VLLM_PYTHON",
     }
     for item in items:
         for marker, reason in missing.items():

@@ -14,10 +14,12 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 # package -> what it may not import
 FORBIDDEN = {
-    "preft_core": {"transformers", "peft", "preft_hf", "tgi_patch", "trl", "accelerate"},
+    "preft_core": {"transformers", "peft", "preft_hf", "tgi_patch", "preft_vllm", "trl", "accelerate"},
     "preft_core/ops": {"transformers", "peft", "preft_hf", "tgi_patch", "safetensors", "huggingface_hub"},
-    "tgi_patch": {"transformers", "peft", "preft_hf", "trl"},
-    "preft_hf": {"tgi_patch", "preft_cli"},
+    "tgi_patch": {"transformers", "peft", "preft_hf", "preft_vllm", "trl"},
+    "preft_core/seam.py": {"torch", "preft_core"},
+    "preft_vllm": {"transformers", "peft", "preft_hf", "tgi_patch", "trl"},
+    "preft_hf": {"tgi_patch", "preft_vllm", "preft_cli"},
     "preft_hf/phase.py": {"preft_hf"},
     "preft_hf/layer.py": {f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "sft", "demo")},
     "preft_hf/model.py": {f"preft_hf.{name}" for name in ("register", "hub", "sft", "demo")},

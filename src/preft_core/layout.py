@@ -141,7 +141,7 @@ class Layout:
             target, begin = weights[site.name], 0
             for i, (path, width) in enumerate(zip(site.paths, site.widths, strict=True)):
                 if path in modules:
-                    a, b, bias = _factors(adapter.config, modules[path])
+                    a, b, bias = factors(adapter.config, modules[path])
                     target.a[0, i, :rank] = a
                     target.b[0, begin : begin + width, :rank] = b
                     if bias is not None and target.bias is not None:
@@ -191,7 +191,7 @@ def _of(adapter: Adapter) -> Iterable[tuple[str, dict[str, Tensor]]]:
     return adapter.modules().items()
 
 
-def _factors(config: AdapterConfig, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+def factors(config: AdapterConfig, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns A (R, D), scaling * B (N, R), bias (R,) or None."""
     wide = {leaf: t.to(torch.promote_types(t.dtype, torch.float32)) for leaf, t in leaves.items()}
     if config.method == "loreft":

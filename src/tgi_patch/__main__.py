@@ -5,7 +5,7 @@ import os
 import sys
 
 from tgi_patch import launch, patches
-from tgi_patch.seam import check
+from preft_core.seam import check
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@
 """
 
 from tgi_patch import layers
-from tgi_patch.seam import Seam
+from preft_core.seam import Seam
 
 _S = "text_generation_server"
 _BATCH = f"{_S}.models.flash_causal_lm:FlashCausalLMBatch"

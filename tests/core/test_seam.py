@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tgi_patch.seam import PatchError, Seam, apply, check, digest_of
+from preft_core.seam import PatchError, Seam, apply, check, digest_of
 
 CORE = """
 class Model:
@@ -183,9 +183,9 @@ def test_seam_needs_the_standard_library_alone():
     import ast
     from pathlib import Path
 
-    import tgi_patch.seam
+    import preft_core.seam
 
-    tree = ast.parse(Path(tgi_patch.seam.__file__).read_text())
+    tree = ast.parse(Path(preft_core.seam.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {name.partition(".")[0] for name in names} <= set(sys.stdlib_module_names)

@@ -1,6 +1,6 @@
 """Seams: functions of another program that are replaced, each only if its source is the one that was read.
 
-Knows nothing of TGI and needs the standard library alone. `check` looks at everything and says all faults at once,
+Knows nothing of the program and needs the standard library alone. `check` looks at everything and says all faults at once,
 `apply` replaces all or nothing, `revert` restores every original object.
 """
 

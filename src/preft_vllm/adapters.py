@@ -1,0 +1,194 @@
+"""An adapter on its way into a worker of vLLM: checked as docs/format.md says, then as vLLM's LoRA weights.
+
+What stands in for vLLM's functions takes the original and returns its replacement; `patches` is the table. vLLM is
+imported inside of functions alone.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preft_core.adapter import Adapter, AdapterError
+from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_json, read_limited
+from preft_core.layout import factors
+from preft_core.source import find_adapter
+from preft_vllm.blocks import BLOCK_LEAF, add_blocks
+from preft_vllm.stamp import Stamp, stamp_of
+from preft_vllm.steps import STATES
+
+STAMP = "__preft_stamp__"
+
+
+def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives the decoder layers of a loaded model their places for DiReFT-P, and the V2 runner's LoRA state its states."""
+
+    @functools.wraps(original)
+    def loaded(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
+        result = original(self, model, vllm_config, device)
+        add_blocks(self.lora_manager._adapter_manager, vllm_config)
+        if hasattr(self, "lora_state"):
+            setattr(self.lora_state, STATES, self.req_states)
+        return result
+
+    return loaded
+
+
+def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Loads a PreFT adapter by its stamp. Its content is that of the stamp, or it is refused."""
+
+    @functools.wraps(original)
+    def load(self: Any, lora_request: Any) -> Any:
+        stamp = stamp_of(lora_request)
+        if stamp is None:
+            return original(self, lora_request)
+        adapter = find_adapter(stamp.location).load()
+        if adapter.fingerprint != stamp.fingerprint:
+            raise AdapterError(
+                f"{stamp.location} has changed: its fingerprint is {adapter.fingerprint} and requests were taken for "
+                f"{stamp.fingerprint}; load the new content under another lora_int_id"
+            )
+        return to_vllm(adapter, stamp, self._adapter_manager, self.lora_config, lora_request.lora_int_id)
+
+    return load
+
+
+def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses an id that stands for another adapter in this worker."""
+
+    @functools.wraps(original)
+    def added(self: Any, lora_request: Any) -> Any:
+        known = self._adapter_manager.get_adapter(lora_request.lora_int_id)
+        if known is not None:
+            here, wanted = getattr(known, STAMP, None), stamp_of(lora_request)
+            if here != wanted:
+                raise RuntimeError(
+                    f"lora_int_id {lora_request.lora_int_id} is {_named(here)} in this worker, and a request says that "
+                    f"it is {_named(wanted)}: one id is one adapter; with several API servers, use one, or ids of "
+                    "your own"
+                )
+        return original(self, lora_request)
+
+    return added
+
+
+def config_from_directory(original: Callable[..., Any], why: str) -> Callable[..., Any]:
+    """Refuses a PreFT adapter that reaches vLLM's own loading, saying why it did. For `PEFTHelper.from_local_dir`."""
+
+    def load(cls: Any, lora_path: str, max_position_embeddings: int | None) -> Any:
+        file = Path(lora_path) / CONFIG_NAME
+        if file.is_file():
+            config = parse_json(read_limited(file, MAX_CONFIG_BYTES), str(file))
+            if isinstance(config, dict) and config.get("peft_type") == "PREFT":
+                raise ValueError(f"{lora_path} is a prefill-only (PreFT) adapter, and it is not served: {why}")
+        return original(cls, lora_path, max_position_embeddings)
+
+    return functools.wraps(original)(load)
+
+
+def to_vllm(adapter: Adapter, stamp: Stamp, manager: Any, lora_config: Any, number: int) -> Any:
+    """Returns an adapter as vLLM's LoRAModel: weights by the names that vLLM has for the model's layers.
+
+    Scaling is in B. A DiReFT-P or LoReFT edit is A (r, hidden + 1), the bias in its last column, and B (hidden, r).
+
+    Args:
+        manager: vLLM's LoRAModelManager, which knows the layers
+        lora_config: max_lora_rank, lora_dtype
+    Raises:
+        AdapterError: all faults in one message: rank, layers that vLLM does not adapt, shapes, values that are not
+            finite in the dtype.
+    """
+    from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
+    from vllm.lora.lora_weights import LoRALayerWeights  # pyright: ignore[reportMissingImports]
+
+    rank, faults, loras = adapter.config.r, [], {}
+    if rank > lora_config.max_lora_rank:
+        faults.append(f"r is {rank}, above max_lora_rank={lora_config.max_lora_rank}: start vLLM with a higher one")
+    shapes = _shapes(manager)
+    for path, leaves in adapter.modules().items():
+        name = _vllm_name(path, manager.model)
+        a, b, bias = factors(adapter.config, leaves)
+        if name not in shapes:
+            if not _elsewhere(name, manager.model):
+                faults.append(_no_place(path, adapter.config.method, manager))
+            continue
+        if (a.shape[1], b.shape[0]) != shapes[name]:
+            faults.append(f"{path} has {a.shape[1]} -> {b.shape[0]} features and the model has {shapes[name]}")
+            continue
+        if bias is not None:
+            a = torch.cat([a, bias[:, None]], dim=1)
+        a, b = a.to(lora_config.lora_dtype).contiguous(), b.to(lora_config.lora_dtype).contiguous()
+        if not (a.isfinite().all() and b.isfinite().all()):
+            faults.append(f"{path} is not finite in {lora_config.lora_dtype}")
+        loras[name] = LoRALayerWeights(name, rank, rank, a, b, 1.0)
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise AdapterError(f"adapter {stamp.location} cannot be served: {'; '.join(faults[:5])}{more}")
+    model = LoRAModel(number, rank, loras)
+    setattr(model, STAMP, stamp)
+    return model
+
+
+def _named(stamp: Stamp | None) -> str:
+    return "an all-token LoRA" if stamp is None else f"{stamp.location} ({stamp.fingerprint[:15]}...)"
+
+
+def _vllm_name(path: str, model: Any) -> str:
+    """Returns the name that vLLM has for a module of the transformers model."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return path
+    found = mapper.get_rename_mapper()._map_name(f"{path}.weight")
+    return path if found is None else found.removesuffix(".weight")
+
+
+def _shapes(manager: Any) -> Mapping[str, tuple[int, int]]:
+    """Returns (in, out) of each place, whole and not of a shard, by the name that an adapter's weights have."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in manager.modules.items():
+        if name.endswith(f".{BLOCK_LEAF}"):
+            found[name] = (module.hidden_size, module.hidden_size)
+            continue
+        layer = getattr(module, "base_layer", None)
+        width_in = getattr(layer, "input_size", None)
+        if width_in is None:
+            continue
+        parts = manager.packed_modules.get(name)
+        if parts is None:
+            found[name] = (width_in, layer.output_size)
+            continue
+        widths = _widths(layer)
+        if len(widths) == len(parts):
+            found |= {part: (width_in, width) for part, width in zip(parts, widths, strict=True)}
+    return found
+
+
+def _widths(layer: Any) -> list[int]:
+    """Returns the widths of the outputs that lie side by side in a packed layer, whole and not of a shard."""
+    if hasattr(layer, "total_num_kv_heads"):
+        keys = layer.total_num_kv_heads
+        return [layer.total_num_heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size]
+    return list(getattr(layer, "output_sizes", []))
+
+
+def _elsewhere(name: str, model: Any) -> bool:
+    """True for a layer that another worker of a pipeline has."""
+    from vllm.model_executor.models.utils import PPMissingLayer  # pyright: ignore[reportMissingImports]
+
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        try:
+            module = model.get_submodule(".".join(parts[:end]))
+        except AttributeError:
+            return False
+        if isinstance(module, PPMissingLayer):
+            return True
+    return False
+
+
+def _no_place(path: str, method: str, manager: Any) -> str:
+    if method != "lora" and not any(name.endswith(f".{BLOCK_LEAF}") for name in manager.modules):
+        return f"method is {method}, and {type(manager.model).__name__} has no place for it in vLLM: see docs/vllm.md"
+    return f"{path} is no layer that vLLM adapts in {type(manager.model).__name__}: retrain without it"

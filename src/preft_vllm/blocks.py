@@ -1,0 +1,141 @@
+"""DiReFT-P in vLLM: edits of the residual stream after decoder layers, in the slots that vLLM gives to adapters.
+
+A place has vLLM's interface of a layer with LoRA (set_lora, reset_lora, set_mapping), so the slots, their eviction and
+the ids of rows are vLLM's own. A forward hook of the decoder layer calls it; under torch.compile as a custom op.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preft_core.ops import add_direft_
+
+BLOCK_LEAF = "preft"
+ANY_ROW = "__preft_any_row__"
+BLOCKS = frozenset(
+    f"vllm.model_executor.models.{name}"
+    for name in ("llama.LlamaDecoderLayer", "qwen2.Qwen2DecoderLayer", "qwen3.Qwen3DecoderLayer")
+)
+"""Decoder layers that were read: they return (hidden, residual), and the stream is their sum."""
+
+
+def add_blocks(manager: Any, vllm_config: Any) -> int:
+    """Registers a place for DiReFT-P after each decoder layer that this worker has. Returns how many.
+
+    Args:
+        manager: vLLM's LoRAModelManager, whose `modules` are filled when an adapter is activated
+    """
+    found = [
+        (name, module)
+        for name, module in manager.model.named_modules()
+        if f"{type(module).__module__}.{type(module).__qualname__}" in BLOCKS
+    ]
+    if not found:
+        return 0
+    # subclasses vLLM's layer, so it is made where vLLM is
+    place = _place_class()
+    hidden_size = vllm_config.model_config.get_hidden_size()
+    device = next(manager.model.parameters()).device
+    for name, layer in found:
+        key = f"{name}.{BLOCK_LEAF}"
+        block = place(key, hidden_size, manager.lora_slots, manager.lora_config, device)
+        block.set_mapping(manager._get_punica_wrapper(name))
+        block.adapter_manager = (manager,)
+        manager.register_module(key, block)
+        vllm_config.compilation_config.static_forward_context[key] = block
+        layer.register_forward_hook(functools.partial(_hook, block))
+    return len(found)
+
+
+def set_adapter_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Notes whether any row of the coming forward has an adapter, so that a decode forward costs a place nothing."""
+
+    @functools.wraps(original)
+    def mapped(self: Any, mapping: Any) -> Any:
+        result = original(self, mapping)
+        setattr(self, ANY_ROW, any(number > 0 for number in mapping.index_mapping))
+        return result
+
+    return mapped
+
+
+def edit(block: Any, hidden: Tensor, residual: Tensor) -> None:
+    """Edits the rows of a decoder layer's output that have an adapter, in place.
+
+        hidden + residual  becomes  hidden + residual + B (A (hidden + residual) + bias)
+
+    Args:
+        hidden, residual: (rows, hidden size); rows may end in padding
+    """
+    if not getattr(block.adapter_manager[0], ANY_ROW, False):
+        return
+    wrapper = block.punica_wrapper
+    segments = getattr(wrapper, "segments", None)
+    if segments is not None:
+        # our wrapper of the CPU: exact, the edited rows become (stream, 0)
+        stream = (hidden + residual)[: segments.num_rows]
+        add_direft_(stream, block.a[:, 0], block.b[:, 0], block.bias, segments)
+        for span in segments.spans or ():
+            hidden[span.begin : span.end] = stream[span.begin : span.end]
+            residual[span.begin : span.end] = 0
+        return
+    index = wrapper._token_lora_indices[: hidden.shape[0]]
+    wrapper.add_lora_linear(hidden, hidden + residual, (block.a,), (block.b,), 1.0, (block.hidden_size,))
+    # the last row of the table is zero, and it is the row of index -1
+    hidden += block.constant[index]
+
+
+@torch.library.custom_op("preft::edit_stream", mutates_args=("hidden", "residual"))
+def edit_stream(hidden: Tensor, residual: Tensor, key: str) -> None:
+    """`edit`, opaque to torch.compile. key: of the place in vLLM's forward context."""
+    from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
+
+    edit(get_forward_context().no_compile_layers[key], hidden, residual)
+
+
+@edit_stream.register_fake
+def _(hidden: Tensor, residual: Tensor, key: str) -> None:
+    return None
+
+
+def _hook(block: Any, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+    hidden, residual = output
+    if torch.compiler.is_compiling():
+        edit_stream(hidden, residual, block.key)
+    else:
+        edit(block, hidden, residual)
+
+
+@functools.cache
+def _place_class() -> type:
+    from vllm.lora.layers import BaseLayerWithLoRA  # pyright: ignore[reportMissingImports]
+
+    class BlockWithEdit(BaseLayerWithLoRA):
+        """The slots of one decoder layer. a: (slots, 1, rank, hidden), b: (slots, 1, hidden, rank), bias: (slots, rank)."""
+
+        def __init__(self, key: str, hidden_size: int, slots: int, lora_config: Any, device: torch.device):
+            super().__init__()
+            rank, dtype = lora_config.max_lora_rank, lora_config.lora_dtype
+            self.key, self.hidden_size = key, hidden_size
+            self.a = torch.zeros(slots, 1, rank, hidden_size, dtype=dtype, device=device)
+            self.b = torch.zeros(slots, 1, hidden_size, rank, dtype=dtype, device=device)
+            self.bias = torch.zeros(slots, rank, dtype=dtype, device=device)
+            # B bias of each slot, and a row of zeros
+            self.constant = torch.zeros(slots + 1, hidden_size, dtype=dtype, device=device)
+
+        def reset_lora(self, index: int) -> None:
+            for table in (self.a, self.b, self.bias, self.constant):
+                table[index] = 0
+
+        def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:
+            self.reset_lora(index)
+            rank = lora_a.shape[0]
+            self.a[index, 0, :rank].copy_(lora_a[:, :-1])
+            self.b[index, 0, :, :rank].copy_(lora_b)
+            self.bias[index, :rank].copy_(lora_a[:, -1])
+            self.constant[index].copy_((lora_b.float() @ lora_a[:, -1].float()).to(self.constant.dtype))
+
+    return BlockWithEdit

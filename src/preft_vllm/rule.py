@@ -1,0 +1,54 @@
+"""The position rule on vLLM's batches: which rows of a step are prefill, of which adapter. numpy alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.integer]
+BASE_ID = 0
+"""vLLM's id of a row without an adapter."""
+
+
+def prefill_rows(num_scheduled: Ints, num_computed: Ints, num_prompt: Ints) -> NDArray[np.int64]:
+    """Returns how many rows of each request are prefill in this step: they come first.
+
+        rows[i] = clip(num_prompt[i] - num_computed[i], 0, num_scheduled[i])
+
+    Right for chunks, for a request that computes its answer again after a preemption, and for rows that verify
+    speculated tokens.
+
+    Args:
+        num_scheduled, num_computed, num_prompt: tokens per request, (requests,)
+    Source: arXiv 2605.14217, section 3; `preft_core.tokens.prefill_span` says the same of one request.
+    """
+    return np.clip(num_prompt.astype(np.int64) - num_computed, 0, num_scheduled)
+
+
+def token_ids(ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, prefill: Ints) -> NDArray[np.int64]:
+    """Returns the adapter's id of each row of a step, 0 for none, (sum of num_scheduled,).
+
+    Args:
+        ids: of each request's adapter, 0 for none
+        prefill_only: False for all-token LoRA, whose id is on every row
+        prefill: as `prefill_rows` gives it
+    """
+    adapted = np.where(np.asarray(prefill_only, bool), prefill, num_scheduled).astype(np.int64)
+    pairs = np.stack([ids.astype(np.int64), np.zeros_like(ids, dtype=np.int64)], axis=1).ravel()
+    counts = np.stack([adapted, num_scheduled - adapted], axis=1).ravel()
+    return np.repeat(pairs, counts)
+
+
+def sampled_ids(
+    ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, prefill: Ints, num_sampled: Ints
+) -> NDArray[np.int64]:
+    """Returns the adapter's id of each row that is sampled from, (sum of num_sampled,): the last rows of a request.
+
+    A sampled row has the id that it has as a token: the last prompt token is prefill, rows of speculation are not.
+    """
+    found = []
+    for i, count in enumerate(num_sampled.tolist()):
+        first = int(num_scheduled[i]) - count
+        adapted = np.arange(first, first + count) < int(prefill[i])
+        found.append(np.where(adapted if prefill_only[i] else True, int(ids[i]), BASE_ID))
+    return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)

@@ -1,0 +1,165 @@
+"""Which adapter a request names, said in the request itself: every process of the engine reads it there.
+
+The process that takes requests resolves an adapter once and writes its fingerprint and its place into the request's
+`lora_path`. The scheduler keys KV by it, the worker loads exactly that content or refuses. Nothing here imports vLLM.
+"""
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterError, parse_json, read_limited
+from preft_core.source import find_adapter, hub_id
+
+PREFIX = "preft:"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A prefill-only adapter.
+
+    Attributes:
+        fingerprint: of config and weights, as docs/format.md gives it
+        location: a directory, or "org/name@commit"
+    """
+
+    fingerprint: str
+    location: str
+
+    @property
+    def path(self) -> str:
+        """The text that stands for this adapter in `LoRARequest.lora_path`."""
+        return f"{PREFIX}{self.fingerprint.removeprefix('sha256:')}:{self.location}"
+
+
+def stamp_of(lora_request: Any) -> Stamp | None:
+    """Returns the stamp of a request's adapter; None for no adapter and for an all-token LoRA."""
+    path = "" if lora_request is None else lora_request.lora_path
+    if not path.startswith(PREFIX):
+        return None
+    fingerprint, _, location = path.removeprefix(PREFIX).partition(":")
+    return Stamp(f"sha256:{fingerprint}", location)
+
+
+class Directory:
+    """What one front process knows of adapters: each place once, and which adapter an integer id stands for.
+
+    Args:
+        base_models: names of the served model that an adapter may have been trained on; none accepts all
+    """
+
+    def __init__(self, base_models: Iterable[str] = ()):
+        self._base_models = tuple(base_models)
+        self._seen: dict[str, tuple[object, Stamp | None]] = {}
+        self._ids: dict[int, str] = {}
+
+    def stamped(self, lora_request: Any, *, fresh: bool = False) -> Any:
+        """Returns a request like this one whose `lora_path` is the adapter's stamp; itself for an all-token LoRA.
+
+        Args:
+            lora_request: vLLM's LoRARequest, or None; it is not changed
+            fresh: looks a Hub id up again, where it was found before
+        Raises:
+            ValueError: a PreFT adapter that cannot be had or was trained on another model; an id that stands for
+                another adapter; a path in the stamp's form.
+        """
+        if lora_request is None:
+            return None
+        if lora_request.lora_path.startswith(PREFIX):
+            raise ValueError(
+                f"lora_path is {lora_request.lora_path!r}: give a directory or org/name[@revision]; {PREFIX} is what "
+                "the plugin writes for itself"
+            )
+        number = lora_request.lora_int_id
+        stamp = self._find(lora_request.lora_path, fresh or lora_request.load_inplace)
+        path = lora_request.lora_path if stamp is None else stamp.path
+        before = self._ids.get(number, path)
+        if before != path and PREFIX in (before[: len(PREFIX)], path[: len(PREFIX)]):
+            raise ValueError(
+                f"lora_int_id {number} stands for {before} and the request says {path}: KV of one adapter would be "
+                "answered with another's; give the new adapter an id of its own, or on a server unload the old one "
+                "first"
+            )
+        self._ids[number] = path
+        if stamp is None:
+            return lora_request
+        changed = copy.copy(lora_request)
+        changed.lora_path, changed.load_inplace = path, False
+        return changed
+
+    def is_preft(self, lora_request: Any) -> bool:
+        """Returns whether a request, stamped or not, names a prefill-only adapter."""
+        if lora_request is None:
+            return False
+        return stamp_of(lora_request) is not None or self._find(lora_request.lora_path, False) is not None
+
+    def _find(self, path: str, fresh: bool) -> Stamp | None:
+        place = os.path.expanduser(path)
+        if os.path.exists(place):
+            place = os.path.abspath(place)
+        elif hub_id(place) is None:
+            # vLLM says what is wrong with it
+            return None
+        signature = _signature(place)
+        known = self._seen.get(place)
+        if known is None or known[0] != signature or (fresh and signature is None):
+            known = signature, self._read(place)
+            self._seen[place] = known
+        return known[1]
+
+    def _read(self, place: str) -> Stamp | None:
+        if _peft_type(place) != "PREFT":
+            return None
+        source = find_adapter(place)
+        base = source.config.base_model_name_or_path
+        if self._base_models and base and base not in self._base_models:
+            raise ValueError(
+                f"adapter {place} was trained on {base} and the server has {', '.join(self._base_models)}: if the "
+                "weights are the same under another name, start vLLM with PREFT_BASE_MODEL set to it"
+            )
+        return Stamp(source.config.fingerprint or source.load().fingerprint, source.location)
+
+
+def base_models(model: str) -> tuple[str, ...]:
+    """Returns the names of the served model: vLLM's, and those in PREFT_BASE_MODEL, commas between."""
+    return model, *[name for name in os.environ.get("PREFT_BASE_MODEL", "").split(",") if name]
+
+
+def _signature(place: str) -> object:
+    """Returns what changes with the files of a directory; None for a Hub id."""
+    if hub_id(place) is not None:
+        return None
+    found = []
+    for name in (CONFIG_NAME, WEIGHTS):
+        try:
+            status = os.stat(os.path.join(place, name))
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(found)
+
+
+def _peft_type(place: str) -> object:
+    """Returns what an adapter's config says of its type; None where there is no config to read."""
+    repository = hub_id(place)
+    file = Path(place) / CONFIG_NAME
+    if repository is not None:
+        try:
+            file = Path(hf_hub_download(repository[0], CONFIG_NAME, revision=repository[1]))
+        except Exception:
+            # a repository without a config, or no Hub: vLLM's own loading says what is wrong
+            return None
+    if not file.is_file():
+        return None
+    try:
+        config = parse_json(read_limited(file, MAX_CONFIG_BYTES), str(file))
+    except AdapterError:
+        return None
+    return config.get("peft_type") if isinstance(config, dict) else None

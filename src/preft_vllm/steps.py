@@ -1,0 +1,216 @@
+"""What stands in for functions of vLLM that a step goes through: front, scheduler, block hashes, model runners.
+
+Each takes the original and returns its replacement; `patches` is the table. Arguments are duck-typed and vLLM is not
+imported, so that this logic is tested without it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
+from preft_vllm.stamp import Directory, base_models, stamp_of
+
+DIRECTORY, HIDDEN, ACTIVE, STATES = "__preft_directory__", "__preft_lora__", "__preft_active__", "__preft_states__"
+
+
+def process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Resolves a request's adapter before it reaches the engine."""
+
+    @functools.wraps(original)
+    def processed(
+        self: Any,
+        request_id: Any,
+        prompt: Any,
+        params: Any,
+        supported_tasks: Any,
+        arrival_time: Any = None,
+        lora_request: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        stamped = directory_of(self).stamped(lora_request)
+        if stamp_of(stamped) is not None and (kwargs.get("resumable") or (len(args) > 4 and args[4])):
+            raise ValueError(
+                f"adapter {stamped.lora_name!r} is prefill-only and the request is resumable: each part of its input "
+                "would make the answer before it part of the prompt; send one request per turn"
+            )
+        return original(
+            self, request_id, prompt, params, supported_tasks, arrival_time, stamped, *args, **kwargs
+        )
+
+    return processed
+
+
+def add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Resolves an adapter that is loaded ahead of requests, looking a Hub id up again."""
+
+    @functools.wraps(original)
+    def added(self: Any, lora_request: Any) -> Any:
+        return original(self, directory_of(self.input_processor).stamped(lora_request, fresh=True))
+
+    return added
+
+
+def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses prefill-only adapters: vLLM's beam search sends generated tokens back as a prompt."""
+
+    @functools.wraps(original)
+    def searched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        for value in given:
+            for request in value if isinstance(value, (list, tuple)) else [value]:
+                if hasattr(request, "lora_int_id") and Directory().is_preft(request):
+                    raise ValueError(
+                        f"adapter {request.lora_name!r} is prefill-only, and vLLM's beam search gives every generated "
+                        "token back as a prompt, where the adapter would act on it: use sampling with n > 1"
+                    )
+        return original(self, *args, **kwargs)
+
+    return searched
+
+
+def directory_of(input_processor: Any) -> Directory:
+    """Returns the directory of a front process, made at its first use."""
+    found = getattr(input_processor, DIRECTORY, None)
+    if found is None:
+        found = Directory(base_models(input_processor.vllm_config.model_config.model))
+        setattr(input_processor, DIRECTORY, found)
+    return found
+
+
+def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Counts an adapter against max_loras only while a prompt of it is being computed.
+
+    Requests past their prompt have their adapter hidden for the time of one scheduling step.
+    """
+
+    @functools.wraps(original)
+    def scheduled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = [
+            request
+            for request in self.running
+            if request.num_computed_tokens >= request.num_prompt_tokens and stamp_of(request.lora_request) is not None
+        ]
+        for request in hidden:
+            setattr(request, HIDDEN, request.lora_request)
+            request.lora_request = None
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for request in hidden:
+                request.lora_request = getattr(request, HIDDEN)
+                delattr(request, HIDDEN)
+
+    return scheduled
+
+
+def block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keys a block of KV by the adapter's content and by how many of its tokens were prefill.
+
+    A block that decoding wrote, in part or whole, is never taken for one of a prompt with the same tokens.
+    """
+
+    @functools.wraps(original)
+    def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> tuple[Any, int]:
+        lora_request = getattr(request, HIDDEN, None) or request.lora_request
+        stamp = stamp_of(lora_request)
+        if stamp is None:
+            return original(request, start_token_idx, end_token_idx, start_mm_idx)
+        found, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        others = [key for key in found or () if key[0] != "lora"]
+        own = [("lora", lora_request.lora_name, stamp.fingerprint)]
+        if end_token_idx > request.num_prompt_tokens:
+            rows = max(request.num_prompt_tokens - start_token_idx, 0)
+            own.append(("preft", f"{rows} prefill rows"))
+        return (*own, *others), next_mm_idx
+
+    return keys
+
+
+def make_lora_inputs_v1(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The position rule in the V1 runner's batch: ids of tokens and sampled rows, and the adapters to load."""
+
+    @functools.wraps(original)
+    def inputs(self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
+        requests = self.lora_id_to_lora_request
+        stamped = {number for number, request in requests.items() if stamp_of(request) is not None}
+        if not stamped:
+            setattr(self, ACTIVE, None)
+            return original(self, num_scheduled_tokens, num_sampled_tokens)
+        n = self.num_reqs
+        mapping = self.request_lora_mapping[:n]
+        only = [number in stamped for number in mapping.tolist()]
+        scheduled = np.asarray(num_scheduled_tokens)[:n]
+        prefill = prefill_rows(scheduled, self.num_computed_tokens_cpu[:n], self.num_prompt_tokens[:n])
+        tokens = token_ids(mapping, only, scheduled, prefill)
+        sampled = sampled_ids(mapping, only, scheduled, prefill, np.asarray(num_sampled_tokens)[:n])
+        active = {requests[number] for number in set(tokens.tolist()) if number}
+        setattr(self, ACTIVE, len(active))
+        return tuple(sampled.tolist()), tuple(tokens.tolist()), active
+
+    return inputs
+
+
+def dispatch_v1(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Dispatches a step without a prefill row of an adapter to the CUDA graph without LoRA."""
+
+    @functools.wraps(original)
+    def dispatched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        active = getattr(self.input_batch, ACTIVE, None)
+        # graphs without LoRA are captured only with this setting
+        separate = getattr(self.compilation_config, "cudagraph_specialize_lora", False)
+        if active is not None and separate and kwargs.get("force_num_active_loras") is None:
+            kwargs["force_num_active_loras"] = active
+        return original(self, *args, **kwargs)
+
+    return dispatched
+
+
+def make_lora_inputs_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The position rule in the V2 runner. `prompt_len` decides: its `prefill_len` has recomputed answers in it."""
+
+    @functools.wraps(original)
+    def inputs(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
+        only = [stamp_of(self.lora_requests.get(req_id)) is not None for req_id in req_ids]
+        if not any(only):
+            return original(self, req_ids, idx_mapping, num_scheduled_tokens)
+        states, index = _states(self), np.asarray(idx_mapping)[: len(req_ids)]
+        scheduled = np.asarray(num_scheduled_tokens)[: len(req_ids)]
+        prefill = prefill_rows(scheduled, states.num_computed_tokens_np[index], states.prompt_len.np[index])
+        ids = self.lora_ids[index]
+        tokens = token_ids(ids, only, scheduled, prefill)
+        sampled = sampled_ids(ids, only, scheduled, prefill, np.ones_like(scheduled))
+        return tuple(sampled.tolist()), tuple(tokens.tolist()), self.get_activate_loras(req_ids)
+
+    return inputs
+
+
+def active_loras_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The adapters of a step of the V2 runner: prefill-only ones while their prompt is not computed."""
+
+    @functools.wraps(original)
+    def active(self: Any, req_ids: Any) -> Any:
+        prefilling = []
+        for req_id in req_ids:
+            if stamp_of(self.lora_requests.get(req_id)) is not None:
+                states = _states(self)
+                index = states.req_id_to_index[req_id]
+                if states.num_computed_tokens_np[index] >= states.prompt_len.np[index]:
+                    continue
+            prefilling.append(req_id)
+        return original(self, prefilling)
+
+    return active
+
+
+def _states(lora_state: Any) -> Any:
+    states = getattr(lora_state, STATES, None)
+    if states is None:
+        raise RuntimeError(
+            "the model runner's request states are not known, so the end of a prompt is not: PreFT adapters cannot be "
+            "served by this runner"
+        )
+    return states

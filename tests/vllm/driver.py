@@ -1,0 +1,81 @@
+"""Runs in vLLM's environment: one engine, waves of requests, what it answered. Reads a job from a file, writes JSON.
+
+    {"model": dir, "engine": {...}, "break": null, "waves": [[{"ids": [...], "adapter": [name, number, path] or null,
+     "new": 6}, ...], ...]}
+
+The engine is the real one, in this process; PREFT's entry point has to be found by vLLM itself.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+
+def break_it(name: str | None) -> None:
+    """Puts a wrong rule in place of ours, to see the checks fail."""
+    import preft_vllm.steps as steps
+
+    if name == "chunk":
+        # "the whole chunk is prefill if it begins in the prompt"
+        steps.prefill_rows = lambda scheduled, computed, prompt: (computed < prompt) * scheduled
+    elif name == "always":
+        steps.prefill_rows = lambda scheduled, computed, prompt: scheduled
+    elif name == "hash":
+        from vllm.v1.core import block_pool, kv_cache_utils
+
+        stock = kv_cache_utils.generate_block_hash_extra_keys.__wrapped__
+        kv_cache_utils.generate_block_hash_extra_keys = stock
+        block_pool.generate_block_hash_extra_keys = stock
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from preft_vllm import plugin
+
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 128,
+        "enable_lora": True,
+        "max_loras": 8,
+        "max_lora_rank": 16,
+        "block_size": 16,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    llm = LLM(model=job["model"], **defaults | job["engine"])
+    assert plugin.active(), "vLLM did not load the plugin"
+    break_it(job.get("break"))
+    waves, errors = [], []
+    for wave in job["waves"]:
+        requests = [r["adapter"] and LoRARequest(r["adapter"][0], r["adapter"][1], r["adapter"][2]) for r in wave]
+        params = [SamplingParams(temperature=0, max_tokens=r["new"], ignore_eos=True, detokenize=False) for r in wave]
+        prompts = [{"prompt_token_ids": r["ids"]} for r in wave]
+        try:
+            outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+        except Exception as error:
+            if not job.get("errors"):
+                raise
+            waves.append(None)
+            errors.append(str(error))
+            continue
+        waves.append([{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs])
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    result = {"waves": waves, "errors": errors, "preemptions": counters.get("vllm:num_preemptions", 0)}
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

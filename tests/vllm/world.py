@@ -1,0 +1,80 @@
+"""A tiny model that vLLM loads, its adapters, what the two-phase loop says of them, and one engine's answers."""
+
+import json
+import os
+import random
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..conftest import VLLM_PYTHON
+from ..hf.crowd import BASE, Crowd, crowd
+from ..hf.oracle import two_phase_greedy
+from ..hf.zoo import VOCABULARY
+
+SOURCES = Path(__file__).parents[2] / "src"
+# vLLM's attention on a CPU takes heads of 32 and more
+SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+
+
+@dataclass
+class World:
+    """model: a directory that vLLM serves; crowd: its adapters, and each merged into a copy of the base."""
+
+    model: Path
+    crowd: Crowd
+
+    def expected(self, name: str | None, ids: list[int], num_new: int) -> list[int]:
+        """Returns what the two-phase loop says."""
+        adapted = self.crowd.adapted[name or BASE]
+        return two_phase_greedy(adapted, self.crowd.base, torch.tensor([ids]), num_new)[0][0].tolist()
+
+    def request(self, ids: list[int], name: str | None, new: int = 6) -> dict:
+        names = list(self.crowd.paths)
+        adapter = [name, names.index(name) + 1, str(self.crowd.paths[name])] if name else None
+        return {"ids": ids, "adapter": adapter, "new": new, "name": name}
+
+
+def make_world(architecture: str) -> World:
+    made = crowd(architecture, **SIZES)
+    directory = Path(tempfile.mkdtemp(prefix="preft-vllm-"))
+    made.base.save_pretrained(directory)
+    return World(directory, made)
+
+
+def run(world: World, waves: list[list[dict]], broken: str | None = None, errors: bool = False, **engine) -> dict:
+    """Returns what one engine answered to waves of requests, one wave after the other."""
+    folder = Path(tempfile.mkdtemp(prefix="preft-vllm-job-"))
+    job = {"model": str(world.model), "engine": engine, "waves": waves, "break": broken, "errors": errors}
+    (folder / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [VLLM_PYTHON, Path(__file__).parent / "driver.py", folder / "job.json", folder / "result.json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def environment() -> dict[str, str]:
+    """Returns the variables of a process that finds the plugin by its entry point."""
+    assert list(SOURCES.glob("*.egg-info/entry_points.txt")), "pip install --editable . writes the entry point"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "TRITON"))}
+    return clean | {"PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def check(world: World, waves: list[list[dict]], found: dict) -> None:
+    """Compares an engine's answers with the two-phase loop, token for token."""
+    for wave, answers in zip(waves, found["waves"], strict=True):
+        for request, answer in zip(wave, answers, strict=True):
+            expected = world.expected(request["name"], request["ids"], request["new"])
+            assert answer["tokens"] == expected, (request["name"], len(request["ids"]), request["new"])
+
+
+def some_ids(length: int, seed: int) -> list[int]:
+    return [random.Random(seed).randrange(3, VOCABULARY) for _ in range(length)]
