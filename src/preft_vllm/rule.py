@@ -49,6 +49,6 @@ def sampled_ids(
     found = []
     for i, count in enumerate(num_sampled.tolist()):
         first = int(num_scheduled[i]) - count
-        adapted = np.arange(first, first + count) < int(prefill[i])
-        found.append(np.where(adapted if prefill_only[i] else True, int(ids[i]), BASE_ID))
+        adapted = np.arange(first, first + count) < (int(prefill[i]) if prefill_only[i] else first + count)
+        found.append(np.where(adapted, int(ids[i]), BASE_ID))
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)

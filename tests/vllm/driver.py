@@ -51,7 +51,7 @@ def main() -> None:
         "enable_lora": True,
         "max_loras": 8,
         "max_lora_rank": 16,
-        "block_size": 16,
+        "block_size": 32,
         "disable_log_stats": False,
         "seed": 0,
     }
