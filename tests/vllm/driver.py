@@ -3,7 +3,7 @@
     {"model": dir, "engine": {...}, "break": null, "waves": [[{"ids": [...], "adapter": [name, number, path] or null,
      "new": 6}, ...], ...]}
 
-The engine is the real one, in this process; PREFT's entry point has to be found by vLLM itself.
+The engine is the real one, in this process; our entry point has to be found by vLLM itself.
 """
 
 import json
@@ -36,6 +36,21 @@ def break_it(name: str | None) -> None:
         block_pool.generate_block_hash_extra_keys = stock
 
 
+def watch_schedules() -> list[int]:
+    """Returns a list that grows with the number of requests of each step."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original, counts = Scheduler.schedule, [0]
+
+    def counting(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        counts.append(len(output.num_scheduled_tokens))
+        return output
+
+    Scheduler.schedule = counting
+    return counts
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM, SamplingParams
@@ -56,11 +71,12 @@ def main() -> None:
         "seed": 0,
     }
     llm = LLM(model=job["model"], **defaults | job["engine"])
-    assert plugin.active(), "vLLM did not load the plugin"
+    assert plugin.active() == job.get("plugin", True), "vLLM did not load the plugin"
     break_it(job.get("break"))
+    peak = watch_schedules()
     waves, errors = [], []
     for wave in job["waves"]:
-        requests = [r["adapter"] and LoRARequest(r["adapter"][0], r["adapter"][1], r["adapter"][2]) for r in wave]
+        requests = [r["adapter"] and LoRARequest(*r["adapter"]) for r in wave]
         params = [SamplingParams(temperature=0, max_tokens=r["new"], ignore_eos=True, detokenize=False) for r in wave]
         prompts = [{"prompt_token_ids": r["ids"]} for r in wave]
         try:
@@ -73,7 +89,7 @@ def main() -> None:
             continue
         waves.append([{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs])
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    result = {"waves": waves, "errors": errors, "preemptions": counters.get("vllm:num_preemptions", 0)}
+    result = {"waves": waves, "errors": errors, "peak": max(peak), "counters": counters}
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

@@ -1,5 +1,7 @@
 """A tiny model that vLLM loads, its adapters, what the two-phase loop says of them, and one engine's answers."""
 
+import copy
+import functools
 import json
 import os
 import random
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from preft_core.adapter import load_adapter
+
 from ..conftest import VLLM_PYTHON
 from ..hf.crowd import BASE, Crowd, crowd
-from ..hf.oracle import two_phase_greedy
-from ..hf.zoo import VOCABULARY
+from ..hf.oracle import adapted_copy, two_phase_greedy
+from ..hf.zoo import VOCABULARY, make_preft
 
 SOURCES = Path(__file__).parents[2] / "src"
 # vLLM's attention on a CPU takes heads of 32 and more
@@ -38,21 +42,41 @@ class World:
         return {"ids": ids, "adapter": adapter, "new": new, "name": name}
 
 
+@functools.cache
 def make_world(architecture: str) -> World:
     made = crowd(architecture, **SIZES)
     directory = Path(tempfile.mkdtemp(prefix="preft-vllm-"))
+    make_preft(copy.deepcopy(made.base), "lora", r=8, seed=6).save_pretrained(directory / "sixth")
+    saved = load_adapter(directory / "sixth")
+    sixth = adapted_copy(made.base, saved.config.method, saved.tensors, saved.config.scaling)
+    made = Crowd(made.base, made.adapted | {"sixth": sixth}, made.paths | {"sixth": directory / "sixth"})
     made.base.save_pretrained(directory)
     return World(directory, made)
 
 
-def run(world: World, waves: list[list[dict]], broken: str | None = None, errors: bool = False, **engine) -> dict:
-    """Returns what one engine answered to waves of requests, one wave after the other."""
+def run(
+    world: World,
+    waves: list[list[dict]],
+    broken: str | None = None,
+    errors: bool = False,
+    plugins: str | None = None,
+    **engine,
+) -> dict:
+    """Returns what one engine answered to waves of requests, one wave after the other.
+
+    Args:
+        broken: a rule that is put in place of ours
+        errors: a wave that fails is noted, and the next one begins
+        plugins: VLLM_PLUGINS; "" loads none
+        engine: arguments of vLLM's LLM
+    """
     folder = Path(tempfile.mkdtemp(prefix="preft-vllm-job-"))
     job = {"model": str(world.model), "engine": engine, "waves": waves, "break": broken, "errors": errors}
+    job["plugin"] = plugins is None
     (folder / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
         [VLLM_PYTHON, Path(__file__).parent / "driver.py", folder / "job.json", folder / "result.json"],
-        env=environment(),
+        env=environment() | ({} if plugins is None else {"VLLM_PLUGINS": plugins}),
         capture_output=True,
         text=True,
         timeout=300,

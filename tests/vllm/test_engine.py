@@ -1,0 +1,137 @@
+"""vLLM's real engine with the plugin against the two-phase loop, token for token, on a CPU."""
+
+import shutil
+
+import pytest
+
+from ..hf.zoo import make_base, make_preft
+from .world import check, make_world, run, some_ids
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+NAMES = ["turn", None, "wide", "edit", "few", "sixth", None, "stable"]
+MIXED = {"max_num_batched_tokens": 24, "max_num_seqs": 16, "enable_chunked_prefill": True}
+
+
+def crowd_wave(world, lengths, new=8, seed=0):
+    return [world.request(some_ids(n, seed + i), name, new) for i, (n, name) in enumerate(zip(lengths, NAMES))]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_six_adapters_and_base_rows_in_one_batch_in_chunks(architecture):
+    world = make_world(architecture)
+    ids = some_ids(11, 1)
+    # the adapters do change what is said
+    assert len({tuple(world.expected(name, ids, 6)) for name in set(NAMES)}) >= 5
+    waves = [[world.request(ids, name) for name in NAMES]]
+    # 24 tokens a step: prompts come in chunks, beside rows of decoding
+    waves.append(crowd_wave(world, [40, 5, 61, 33, 90, 27, 70, 9], new=9, seed=20))
+    found = run(world, waves, **MIXED)
+    check(world, waves, found)
+
+
+@pytest.mark.parametrize("broken", ["always", "chunk"])
+def test_the_check_fails_without_the_position_rule(broken):
+    world = make_world("llama")
+    waves, engine = preempted(world)
+    found = run(world, waves, broken, **engine)
+    with pytest.raises(AssertionError):
+        check(world, waves, found)
+
+
+def preempted(world):
+    """Requests that do not fit the cache together: 9 blocks of 32 tokens, of which each ends with 3."""
+    wave = [world.request(some_ids(18 + i, 60 + i), name, 60) for i, name in enumerate(NAMES[:6])]
+    return [wave], {"num_gpu_blocks_override": 9, "max_num_seqs": 6, "enable_prefix_caching": False}
+
+
+def test_preempted_requests_compute_their_answers_again_as_base():
+    world = make_world("llama")
+    waves, engine = preempted(world)
+    found = run(world, waves, **engine)
+    assert found["counters"]["vllm:num_preemptions"] >= 3
+    check(world, waves, found)
+
+
+def conversation(world):
+    """A first turn, the same prompts by other adapters, then a second turn that quotes the answers."""
+    names = ["wide", "edit", None, "few"]
+    first = [world.request(some_ids(40, 80 + i), name, 40) for i, name in enumerate(names)]
+    others = [world.request(request["ids"], name, 6) for request, name in zip(first, ["few", None, "wide", "edit"])]
+    second = []
+    for i, request in enumerate(first):
+        answer = world.expected(request["name"], request["ids"], request["new"])
+        second.append(world.request([*request["ids"], *answer, *some_ids(5, 90 + i)], request["name"], 6))
+    return [first, others, second, second], {"enable_prefix_caching": True}
+
+
+def test_a_second_turn_with_a_prefix_cache():
+    world = make_world("llama")
+    waves, engine = conversation(world)
+    found = run(world, waves, **engine)
+    check(world, waves, found)
+    # the blocks of the first prompt are taken, those that decoding wrote are not; asked again, all of them
+    assert [answer["cached"] for answer in found["waves"][2]] == [32, 32, 64, 32]
+    assert [answer["cached"] for answer in found["waves"][3]] == [64] * 4
+    assert [answer["cached"] for answer in found["waves"][1]] == [0] * 4
+
+
+def test_the_check_fails_with_vllms_own_block_hashes():
+    world = make_world("llama")
+    waves, engine = conversation(world)
+    found = run(world, waves, "hash", **engine)
+    with pytest.raises(AssertionError):
+        check(world, waves, found)
+
+
+def test_two_slots_serve_six_adapters_that_decode_at_once():
+    world = make_world("llama")
+    names = ["turn", "wide", "edit", "few", "sixth", "stable"]
+    waves = [[world.request(some_ids(9 + i, 100 + i), name, 30) for i, name in enumerate(names)] for _ in range(2)]
+    found = run(world, waves, max_loras=2, max_cpu_loras=3)
+    check(world, waves, found)
+    assert found["peak"] == 6
+
+
+def test_speculation_verifies_with_the_base_model():
+    world = make_world("llama")
+    waves = [crowd_wave(world, [20, 12, 25, 30, 17, 22, 9, 14], new=40, seed=120)]
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    found = run(world, waves, speculative_config=speculation)
+    check(world, waves, found)
+    assert found["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+def test_asynchronous_scheduling():
+    world = make_world("llama")
+    waves = [crowd_wave(world, [20, 12, 65, 30, 17, 22, 9, 14], new=12, seed=140)]
+    check(world, waves, run(world, waves, async_scheduling=True, **MIXED))
+
+
+def test_without_the_plugin_an_adapter_is_refused():
+    world = make_world("llama")
+    waves = [[world.request(some_ids(9, 1), "wide")]]
+    found = run(world, waves, errors=True, plugins="")
+    assert found["waves"] == [None]
+    assert "preft_A" in found["errors"][0] or "required configuration fields" in found["errors"][0]
+
+
+def test_bad_adapters_are_refused_before_they_reach_the_engine(tmp_path):
+    world = make_world("llama")
+    good = world.request(some_ids(9, 1), "wide")
+    torn = tmp_path / "torn"
+    shutil.copytree(world.crowd.paths["few"], torn)
+    (torn / "adapter_model.safetensors").write_bytes(b"no weights")
+    reused = good | {"adapter": ["other", good["adapter"][1], str(world.crowd.paths["few"])]}
+    waves = [[good], [reused], [good | {"adapter": ["torn", 30, str(torn)]}], [good]]
+    found = run(world, waves, errors=True)
+    check(world, [waves[0], waves[3]], {"waves": [found["waves"][0], found["waves"][3]]})
+    assert found["waves"][1] is None and "lora_int_id" in found["errors"][0]
+    assert found["waves"][2] is None and "adapter_model.safetensors" in found["errors"][1]
+
+
+def test_an_adapter_of_other_shapes_is_refused_with_its_faults(tmp_path):
+    world = make_world("llama")
+    make_preft(make_base("llama"), "lora").save_pretrained(tmp_path / "small")
+    waves = [[world.request(some_ids(9, 1), "wide") | {"adapter": ["small", 9, str(tmp_path / "small")]}]]
+    found = run(world, waves, errors=True)
+    assert found["waves"] == [None]
