@@ -123,7 +123,8 @@ class Directory:
                 f"adapter {place} was trained on {base} and the server has {', '.join(self._base_models)}: if the "
                 "weights are the same under another name, start vLLM with PREFT_BASE_MODEL set to it"
             )
-        return Stamp(source.config.fingerprint or source.load().fingerprint, source.location)
+        # all of it is checked here: a fault that a worker finds in the middle of a step ends the engine
+        return Stamp(source.load().fingerprint, source.location)
 
 
 def base_models(model: str) -> tuple[str, ...]:

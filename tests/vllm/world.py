@@ -79,7 +79,7 @@ def run(
         env=environment() | ({} if plugins is None else {"VLLM_PLUGINS": plugins}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "result.json").read_text())

@@ -1,0 +1,225 @@
+"""The logic of the vLLM seams, without vLLM."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preft_core.tokens import prefill_span
+from preft_vllm import steps
+from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
+from preft_vllm.stamp import Directory, Stamp, stamp_of
+
+from ..hf.zoo import make_base, make_preft
+
+
+class Request:
+    """As vLLM's LoRARequest."""
+
+    def __init__(self, name, number, path):
+        self.lora_name, self.lora_int_id, self.lora_path = name, number, str(path)
+        self.load_inplace = False
+
+
+MARK = Stamp("sha256:" + "ab" * 32, "acme/tone@" + "c" * 40)
+STAMPED = Request("tone", 3, MARK.path)
+LORA = Request("plain", 4, "some/lora")
+
+steps_of_a_batch = st.lists(
+    st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 3), st.booleans()),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(steps_of_a_batch)
+def test_ids_of_rows_follow_the_position_rule(batch):
+    computed, scheduled, prompt, ids = (np.array(column) for column in list(zip(*batch, strict=True))[:4])
+    only = [row[4] for row in batch]
+    prefill = prefill_rows(scheduled, computed, prompt)
+    sampled = np.minimum(scheduled, 2)
+    tokens = token_ids(ids, only, scheduled, prefill).tolist()
+    rows = sampled_ids(ids, only, scheduled, prefill, sampled).tolist()
+    expected, expected_sampled = [], []
+    for first, count, length, number, prefill_only in batch:
+        _, end = prefill_span(first, count, length)
+        own = [number if i < end or not prefill_only else 0 for i in range(count)]
+        expected += own
+        expected_sampled += own[-min(count, 2) :]
+    assert tokens == expected
+    assert rows == expected_sampled
+
+
+def v1_batch(computed):
+    return SimpleNamespace(
+        num_reqs=3,
+        request_lora_mapping=np.array([3, 4, 0, 99]),
+        lora_id_to_lora_request={3: STAMPED, 4: LORA},
+        num_computed_tokens_cpu=np.array([computed, 5, 5, 0]),
+        num_prompt_tokens=np.array([6, 6, 6, 0]),
+    )
+
+
+def test_the_v1_batch_of_a_decode_step_needs_only_the_all_token_lora():
+    inputs = steps.make_lora_inputs_v1(lambda *_: pytest.fail("vLLM's own rule"))
+    batch = v1_batch(computed=6)
+    assert inputs(batch, np.array([1, 1, 1]), np.array([1, 1, 1])) == ((0, 4, 0), (0, 4, 0), {LORA})
+    assert getattr(batch, steps.ACTIVE) == 1
+    batch = v1_batch(computed=4)
+    assert inputs(batch, np.array([3, 1, 1]), np.array([1, 1, 1]))[:2] == ((0, 4, 0), (3, 3, 0, 4, 0))
+    assert getattr(batch, steps.ACTIVE) == 2
+
+
+def test_a_v1_batch_without_preft_adapters_is_vllms_own():
+    batch = v1_batch(computed=6)
+    del batch.lora_id_to_lora_request[3]
+    assert steps.make_lora_inputs_v1(lambda *_: "stock")(batch, None, None) == "stock"
+    runner = SimpleNamespace(input_batch=batch, compilation_config=SimpleNamespace(cudagraph_specialize_lora=True))
+    assert steps.dispatch_v1(lambda self, **given: given)(runner, num_tokens=1) == {"num_tokens": 1}
+
+
+@pytest.mark.parametrize(("separate", "given", "expected"), [(True, None, 0), (False, None, None), (True, 5, 5)])
+def test_a_v1_decode_step_takes_the_graph_without_lora(separate, given, expected):
+    batch = SimpleNamespace(**{steps.ACTIVE: 0})
+    config = SimpleNamespace(cudagraph_specialize_lora=separate)
+    runner = SimpleNamespace(input_batch=batch, compilation_config=config)
+    found = steps.dispatch_v1(lambda self, **given: given)(runner, force_num_active_loras=given)
+    assert found["force_num_active_loras"] == expected
+
+
+def v2_state(computed):
+    class State:
+        make_lora_inputs = steps.make_lora_inputs_v2(lambda *_: "stock")
+        get_activate_loras = steps.active_loras_v2(
+            lambda self, ids: {self.lora_requests[i] for i in ids if i in self.lora_requests}
+        )
+
+    state = State()
+    state.lora_requests, state.lora_ids = {"a": STAMPED, "b": LORA}, np.array([0, 3, 4, 0])
+    states = SimpleNamespace(
+        req_id_to_index={"a": 1, "b": 2, "c": 3},
+        num_computed_tokens_np=np.array([0, computed, 5, 5]),
+        # a request that goes on after a preemption: its prefill is longer than its prompt
+        prompt_len=SimpleNamespace(np=np.array([0, 6, 6, 6])),
+        prefill_len=SimpleNamespace(np=np.array([0, 12, 6, 6])),
+    )
+    setattr(state, steps.STATES, states)
+    return state
+
+
+def test_the_v2_runner_goes_by_the_prompts_length_and_not_by_what_it_prefills():
+    ids, index = ["a", "b", "c"], np.array([1, 2, 3])
+    prompt, tokens, active = v2_state(4).make_lora_inputs(ids, index, np.array([4, 1, 1]))
+    assert (prompt, tokens, active) == ((0, 4, 0), (3, 3, 0, 0, 4, 0), {STAMPED, LORA})
+    assert v2_state(6).get_activate_loras(ids) == {LORA}
+    assert v2_state(6).make_lora_inputs(["b", "c"], index[1:], np.array([1, 1])) == "stock"
+
+
+def test_a_v2_runner_whose_states_are_not_known_is_an_error():
+    state = v2_state(4)
+    delattr(state, steps.STATES)
+    with pytest.raises(RuntimeError, match="end of a prompt"):
+        state.get_activate_loras(["a"])
+
+
+def test_only_prompts_being_computed_count_against_max_loras():
+    running = [
+        SimpleNamespace(lora_request=lora, num_computed_tokens=computed, num_prompt_tokens=6)
+        for lora, computed in [(STAMPED, 6), (STAMPED, 5), (LORA, 9), (None, 9)]
+    ]
+    seen = []
+
+    def schedule(self, throttle):
+        seen.append([request.lora_request for request in self.running])
+        raise KeyError(throttle)
+
+    scheduler = SimpleNamespace(running=running)
+    with pytest.raises(KeyError):
+        steps.schedule(schedule)(scheduler, True)
+    assert seen == [[None, STAMPED, LORA, None]]
+    assert [request.lora_request for request in running] == [STAMPED, STAMPED, LORA, None]
+    assert not hasattr(running[0], steps.HIDDEN)
+
+
+def stock_keys(request, start, end, mm):
+    lora = request.lora_request
+    keys = [] if lora is None else [("lora", lora.lora_name, lora.lora_path)]
+    return tuple([*keys, ("cache_salt", "s")]), mm + 1
+
+
+def test_blocks_are_keyed_by_content_and_by_their_prefill_rows():
+    keys = steps.block_keys(stock_keys)
+    request = SimpleNamespace(lora_request=STAMPED, num_prompt_tokens=20)
+    own = ("lora", "tone", MARK.fingerprint)
+    assert keys(request, 0, 16, 0) == ((own, ("cache_salt", "s")), 1)
+    assert keys(request, 16, 32, 0)[0] == (own, ("preft", "4 prefill rows"), ("cache_salt", "s"))
+    assert keys(request, 32, 48, 0)[0] == (own, ("preft", "0 prefill rows"), ("cache_salt", "s"))
+    # also while the scheduler does not count it
+    setattr(request, steps.HIDDEN, STAMPED)
+    request.lora_request = None
+    assert keys(request, 0, 16, 0)[0][0] == own
+    assert keys(SimpleNamespace(lora_request=LORA, num_prompt_tokens=4), 0, 16, 0) == (
+        (("lora", "plain", "some/lora"), ("cache_salt", "s")),
+        1,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(["one", "two"]):
+        make_preft(make_base(), "lora", seed=seed).save_pretrained(root / name)
+    return root
+
+
+def test_a_request_is_stamped_with_its_adapters_content(saved):
+    directory, request = Directory(), Request("one", 1, saved / "one")
+    stamped = directory.stamped(request)
+    assert request.lora_path == str(saved / "one")
+    stamp = stamp_of(stamped)
+    assert stamp is not None and stamp.location == str(saved / "one") and stamp.path == stamped.lora_path
+    assert stamp_of(directory.stamped(Request("two", 2, saved / "two"))) != stamp
+    assert directory.stamped(None) is None
+    assert directory.is_preft(request) and directory.is_preft(stamped) and not directory.is_preft(LORA)
+
+
+def test_an_id_stands_for_one_content(saved, tmp_path):
+    directory, place = Directory(), tmp_path / "moving"
+    place.symlink_to(saved / "one")
+    directory.stamped(Request("moving", 1, place))
+    place.unlink()
+    place.symlink_to(saved / "two")
+    with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
+        directory.stamped(Request("moving", 1, place))
+    with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
+        directory.stamped(Request("plain", 1, "some/lora"))
+    assert stamp_of(directory.stamped(Request("moving", 2, place))) is not None
+
+
+def test_what_cannot_be_served_is_refused_where_requests_come_in(saved, tmp_path):
+    with pytest.raises(ValueError, match="the plugin writes for itself"):
+        Directory().stamped(STAMPED)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFT"}')
+    with pytest.raises(ValueError, match="method"):
+        Directory().stamped(Request("bad", 1, tmp_path))
+    processor = SimpleNamespace(**{steps.DIRECTORY: Directory()})
+    processed = steps.process_inputs(lambda self, *given, **named: given[5])
+    request = Request("one", 1, saved / "one")
+    assert stamp_of(processed(processor, "r", [], None, (), None, request)) is not None
+    with pytest.raises(ValueError, match="resumable"):
+        processed(processor, "r", [], None, (), None, request, resumable=True)
+    with pytest.raises(ValueError, match="beam search"):
+        steps.beam_search(lambda *_: None)(None, [], None, [request])
+    assert steps.beam_search(lambda *_: "done")(None, [], None, LORA) == "done"
+
+
+def test_an_adapter_of_another_base_model_is_refused(tmp_path):
+    model = make_preft(make_base(), "lora")
+    model.peft_config["default"].base_model_name_or_path = "acme/base"
+    model.save_pretrained(tmp_path)
+    request = Request("one", 1, tmp_path)
+    with pytest.raises(ValueError, match="PREFT_BASE_MODEL"):
+        Directory(["acme/other"]).stamped(request)
+    assert stamp_of(Directory(["acme/other", "acme/base"]).stamped(request)) is not None
