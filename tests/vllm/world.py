@@ -5,12 +5,20 @@ import functools
 import json
 import os
 import random
+import socket
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2 as httpx
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from preft_core.adapter import load_adapter
 
@@ -102,3 +110,63 @@ def check(world: World, waves: list[list[dict]], found: dict) -> None:
 
 def some_ids(length: int, seed: int) -> list[int]:
     return [random.Random(seed).randrange(3, VOCABULARY) for _ in range(length)]
+
+
+@contextmanager
+def server(world: World, *arguments: str, **variables: str) -> Iterator[httpx.Client]:
+    """Starts vLLM's OpenAI server, engine in a process of its own, and yields a client of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "model": world.model,
+        "tokenizer": tokenizer_of(world),
+        "served-model-name": "base",
+        "port": port,
+        "host": "127.0.0.1",
+        "dtype": "float32",
+        "max-model-len": 128,
+        "max-loras": 4,
+        "max-lora-rank": 16,
+        "block-size": 32,
+    }
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    log = world.model / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *arguments], env=environment() | settings | variables, stdout=output, stderr=output
+        )
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                wait_for(client, process, log)
+                yield client
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_for(client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(240):
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def tokenizer_of(world: World) -> Path:
+    """Writes a tokenizer of words <0>, <1>, ... and returns its directory."""
+    folder = world.model / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    words = {f"<{i}>": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<0>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<2>", "unk_token": "<0>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

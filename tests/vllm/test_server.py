@@ -1,0 +1,58 @@
+"""vLLM's OpenAI server with the plugin: several processes, adapters loaded and unloaded while it serves."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ..hf.zoo import make_base, make_preft
+from .world import make_world, server, some_ids
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def ask(client, model, ids, new=8, **others):
+    body = {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    return client.post("/v1/completions", json=body | {"return_token_ids": True} | others)
+
+
+def tokens(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["token_ids"]
+
+
+def test_the_server_loads_serves_and_unloads_adapters(tmp_path):
+    world = make_world("llama")
+    paths = world.crowd.paths
+    make_preft(make_base("llama"), "lora").save_pretrained(tmp_path / "small")
+    with server(world, "--lora-modules", f"wide={paths['wide']}", f"edit={paths['edit']}") as client:
+        load = lambda name, path: client.post(  # noqa: E731
+            "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}
+        )
+        assert load("few", paths["few"]).status_code == 200
+        models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert models == ["base", "wide", "edit", "few"]
+
+        cases = [(name, some_ids(7 + 5 * i, i)) for i, name in enumerate(["wide", None, "few", "edit"] * 3)]
+        with ThreadPoolExecutor(12) as threads:
+            answers = list(threads.map(lambda case: ask(client, case[0] or "base", case[1]), cases))
+        for (name, ids), answer in zip(cases, answers, strict=True):
+            assert tokens(answer) == world.expected(name, ids, 8), name
+
+        # refused with a reason, and the server goes on
+        ids = some_ids(9, 50)
+        assert ask(client, "nobody", ids).status_code == 404
+        answer = load("small", tmp_path / "small")
+        assert answer.status_code >= 400
+        assert "the model has" in answer.text
+        answer = ask(client, "wide", ids, use_beam_search=True, n=2)
+        assert answer.status_code == 400
+        assert "prefill-only" in answer.text
+
+        # a name that comes to stand for other content: nothing of the first one is found in the cache
+        long = some_ids(70, 51)
+        assert tokens(ask(client, "few", long)) == world.expected("few", long, 8)
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "few"}).status_code == 200
+        assert ask(client, "few", long).status_code == 404
+        assert load("few", paths["stable"]).status_code == 200
+        assert tokens(ask(client, "few", long)) == world.expected("stable", long, 8)
+        assert tokens(ask(client, "base", long)) == world.expected(None, long, 8)
