@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from preft_cli import distillation, hub
+from preft_cli import distillation, doctor, hub
 from preft_cli.options import Method, Precision, quiet
 
 HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
@@ -22,6 +22,7 @@ HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dr
     preft push my-adapter --to org/name
     preft pull preft.toml
     preft plan --model llama-3.1-8b --adapters 512
+    preft doctor
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C. PREFT_DEBUG=1 shows tracebacks.
 """
@@ -196,5 +197,5 @@ def plan(
         planning.show(found, Console())
 
 
-for command in (distillation.distill, hub.push, hub.pull, hub.verify, hub.convert, hub.export):
+for command in (distillation.distill, hub.push, hub.pull, hub.verify, hub.convert, hub.export, doctor.doctor):
     app.command()(command)

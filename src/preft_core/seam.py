@@ -1,7 +1,7 @@
 """Seams: functions of another program that are replaced, each only if its source is the one that was read.
 
-Knows nothing of the program and needs the standard library alone. `check` looks at everything and says all faults at once,
-`apply` replaces all or nothing, `revert` restores every original object.
+Knows nothing of the program and needs the standard library alone. `check` looks at everything and says all faults at
+once, `apply` replaces all or nothing, `revert` restores every original object.
 """
 
 import hashlib

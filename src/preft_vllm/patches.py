@@ -81,7 +81,9 @@ SEAMS = (
         steps.dispatch_v1,
         "A decode step takes the CUDA graph without LoRA.",
     ),
-    Seam(f"{_V2}.make_lora_inputs", "5e4a1ad74894467d", steps.make_lora_inputs_v2, "The position rule in the V2 runner."),
+    Seam(
+        f"{_V2}.make_lora_inputs", "5e4a1ad74894467d", steps.make_lora_inputs_v2, "The position rule in the V2 runner."
+    ),
     Seam(
         f"{_V2}.get_activate_loras",
         "5380b77dabcbd148",
@@ -126,20 +128,52 @@ _MODELS = "vllm.model_executor.models"
 RELIED_ON = tuple(
     Seam(target, digest, None, why)
     for target, digest, why in (
-        (f"{_MODELS}.llama:LlamaDecoderLayer.forward", "17f13fe6adeb2c41", "Returns (hidden, residual); the stream is the sum."),
-        (f"{_MODELS}.qwen2:Qwen2DecoderLayer.forward", "042c2fc18af98dc8", "Returns (hidden, residual); the stream is the sum."),
-        (f"{_MODELS}.qwen3:Qwen3DecoderLayer.forward", "042c2fc18af98dc8", "Returns (hidden, residual); the stream is the sum."),
-        ("vllm.lora.model_manager:LoRAModelManager.activate_adapter", "ff6e9539601488db", "Fills the slots of all places."),
-        ("vllm.lora.model_manager:LoRAModelManager._set_adapter_mapping", "46732fb451b8cadb", "Rows of id 0 have no adapter."),
+        (
+            f"{_MODELS}.llama:LlamaDecoderLayer.forward",
+            "17f13fe6adeb2c41",
+            "Returns (hidden, residual); the stream is the sum.",
+        ),
+        (
+            f"{_MODELS}.qwen2:Qwen2DecoderLayer.forward",
+            "042c2fc18af98dc8",
+            "Returns (hidden, residual); the stream is the sum.",
+        ),
+        (
+            f"{_MODELS}.qwen3:Qwen3DecoderLayer.forward",
+            "042c2fc18af98dc8",
+            "Returns (hidden, residual); the stream is the sum.",
+        ),
+        (
+            "vllm.lora.model_manager:LoRAModelManager.activate_adapter",
+            "ff6e9539601488db",
+            "Fills the slots of all places.",
+        ),
+        (
+            "vllm.lora.model_manager:LoRAModelManager._set_adapter_mapping",
+            "46732fb451b8cadb",
+            "Rows of id 0 have no adapter.",
+        ),
         ("vllm.lora.punica_wrapper.utils:convert_mapping", "10e0ca2e1f49482c", "Id 0 becomes index -1."),
         (
             "vllm.v1.worker.gpu.lora_utils:get_num_active_loras_for_dispatch",
             "0c861314d1f96c56",
             "Counts what get_activate_loras returns.",
         ),
-        ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.update_requests", "920b7ec4a7e55953", "Sets num_computed_tokens_np."),
-        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs", "dad567e8b3e55f8c", "Comes before the dispatch."),
-        ("vllm.v1.core.kv_cache_utils:hash_block_tokens", "1f29eafc8b031d15", "A block's hash has its parent's in it."),
+        (
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.update_requests",
+            "920b7ec4a7e55953",
+            "Sets num_computed_tokens_np.",
+        ),
+        (
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
+            "dad567e8b3e55f8c",
+            "Comes before the dispatch.",
+        ),
+        (
+            "vllm.v1.core.kv_cache_utils:hash_block_tokens",
+            "1f29eafc8b031d15",
+            "A block's hash has its parent's in it.",
+        ),
     )
 )
 """What stays and must be as it was read."""

@@ -37,9 +37,7 @@ def process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"adapter {stamped.lora_name!r} is prefill-only and the request is resumable: each part of its input "
                 "would make the answer before it part of the prompt; send one request per turn"
             )
-        return original(
-            self, request_id, prompt, params, supported_tasks, arrival_time, stamped, *args, **kwargs
-        )
+        return original(self, request_id, prompt, params, supported_tasks, arrival_time, stamped, *args, **kwargs)
 
     return processed
 

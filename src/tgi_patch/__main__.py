@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 
-from tgi_patch import launch, patches
 from preft_core.seam import check
+from tgi_patch import launch, patches
 
 
 def main(arguments: list[str] | None = None) -> int:

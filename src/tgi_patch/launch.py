@@ -4,8 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tgi_patch import engine, patches
 from preft_core.seam import Applied, apply
+from tgi_patch import engine, patches
 from tgi_patch.settings import Settings, SettingsError, check_prefix_caching, read_settings
 
 

@@ -3,8 +3,8 @@
 `python -m tgi_patch check` compares a server with it. A server whose sources differ is not patched at all.
 """
 
-from tgi_patch import layers
 from preft_core.seam import Seam
+from tgi_patch import layers
 
 _S = "text_generation_server"
 _BATCH = f"{_S}.models.flash_causal_lm:FlashCausalLMBatch"

@@ -53,10 +53,10 @@ def watch_schedules() -> list[int]:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     from preft_vllm import plugin
+    from vllm import LLM, SamplingParams
 
     defaults = {
         "dtype": "float32",

@@ -13,7 +13,10 @@ MIXED = {"max_num_batched_tokens": 24, "max_num_seqs": 16, "enable_chunked_prefi
 
 
 def crowd_wave(world, lengths, new=8, seed=0):
-    return [world.request(some_ids(n, seed + i), name, new) for i, (n, name) in enumerate(zip(lengths, NAMES))]
+    return [
+        world.request(some_ids(n, seed + i), name, new)
+        for i, (n, name) in enumerate(zip(lengths, NAMES, strict=False))
+    ]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -56,7 +59,10 @@ def conversation(world):
     """A first turn, the same prompts by other adapters, then a second turn that quotes the answers."""
     names = ["wide", "edit", None, "few"]
     first = [world.request(some_ids(40, 80 + i), name, 40) for i, name in enumerate(names)]
-    others = [world.request(request["ids"], name, 6) for request, name in zip(first, ["few", None, "wide", "edit"])]
+    others = [
+        world.request(request["ids"], name, 6)
+        for request, name in zip(first, ["few", None, "wide", "edit"], strict=False)
+    ]
     second = []
     for i, request in enumerate(first):
         answer = world.expected(request["name"], request["ids"], request["new"])
@@ -125,8 +131,10 @@ def test_bad_adapters_are_refused_before_they_reach_the_engine(tmp_path):
     waves = [[good], [reused], [good | {"adapter": ["torn", 30, str(torn)]}], [good]]
     found = run(world, waves, errors=True)
     check(world, [waves[0], waves[3]], {"waves": [found["waves"][0], found["waves"][3]]})
-    assert found["waves"][1] is None and "lora_int_id" in found["errors"][0]
-    assert found["waves"][2] is None and "safetensors" in found["errors"][1]
+    assert found["waves"][1] is None
+    assert "lora_int_id" in found["errors"][0]
+    assert found["waves"][2] is None
+    assert "safetensors" in found["errors"][1]
 
 
 def test_an_adapter_of_other_shapes_is_refused_with_its_faults(tmp_path):

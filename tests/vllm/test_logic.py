@@ -146,7 +146,7 @@ def test_only_prompts_being_computed_count_against_max_loras():
 def stock_keys(request, start, end, mm):
     lora = request.lora_request
     keys = [] if lora is None else [("lora", lora.lora_name, lora.lora_path)]
-    return tuple([*keys, ("cache_salt", "s")]), mm + 1
+    return (*keys, ("cache_salt", "s")), mm + 1
 
 
 def test_blocks_are_keyed_by_content_and_by_their_prefill_rows():
@@ -179,10 +179,14 @@ def test_a_request_is_stamped_with_its_adapters_content(saved):
     stamped = directory.stamped(request)
     assert request.lora_path == str(saved / "one")
     stamp = stamp_of(stamped)
-    assert stamp is not None and stamp.location == str(saved / "one") and stamp.path == stamped.lora_path
+    assert stamp is not None
+    assert stamp.location == str(saved / "one")
+    assert stamp.path == stamped.lora_path
     assert stamp_of(directory.stamped(Request("two", 2, saved / "two"))) != stamp
     assert directory.stamped(None) is None
-    assert directory.is_preft(request) and directory.is_preft(stamped) and not directory.is_preft(LORA)
+    assert directory.is_preft(request)
+    assert directory.is_preft(stamped)
+    assert not directory.is_preft(LORA)
 
 
 def test_an_id_stands_for_one_content(saved, tmp_path):

@@ -1,0 +1,132 @@
+"""Decode in vLLM with an adapter per request: `python -m benchmarks.vllm_engine [--adapters N] [--repeats N]`.
+
+Base, all-token LoRA, LoRA-P and DiReFT-P take turns in one engine, all with the plugin's grouped kernels for the CPU.
+A decode rate is that of the tokens after the first: the time of a whole run less that of a run of one token. Before
+anything is timed, answers of prefill-only adapters are compared with the two-phase loop. vLLM has an environment of its
+own: PREFT_VLLM_PYTHON names its Python.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.run import RESULTS, environment
+from preft_core.transform import to_lora
+from preft_hf import PreftConfig
+
+PYTHON = Path(os.environ.get("PREFT_VLLM_PYTHON", "~/.cache/preft/vllm/bin/python")).expanduser()
+SYSTEMS = ("base", "all-token LoRA", "LoRA-P", "DiReFT-P")
+SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+VOCABULARY = 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=16, help="requests at once, each with an adapter of its own")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--new", type=int, default=64, help="tokens")
+    parser.add_argument("--repeats", type=int, default=7, help="turns, at least 5")
+    options = parser.parse_args()
+    if options.repeats < 5:
+        parser.error(f"--repeats is {options.repeats}: give 5 or more")
+    report = measure(options.adapters, options.rank, options.prompt, options.new, options.repeats)
+    console = Console()
+    for name, one in report["systems"].items():
+        low, high = one["ratio_quartiles"]
+        console.print(
+            f"{name}: decode {one['decode_tokens_per_s']:.0f} tokens/s, {one['ratio']:.3f} of base ({low:.3f} to "
+            f"{high:.3f}); whole run {one['seconds']:.2f} s",
+            highlight=False,
+        )
+    file = RESULTS / "vllm-cpu-1-threads.json"
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"{report['environment']['device']}, one thread, {report['model']}. Saved {file.name}")
+
+
+def measure(num_adapters: int, rank: int, prompt: int, new: int, repeats: int, shape: Any = None) -> dict[str, Any]:
+    """Returns for each system its decode rate and its ratio to base within a turn, medians and quartiles.
+
+    Raises:
+        RuntimeError: an answer is not the two-phase loop's, so that something else would be timed.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=1024, eos_token_id=2, **(shape or SHAPE))
+    base = LlamaForCausalLM(config).eval()
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, VOCABULARY) for _ in range(prompt)] for _ in range(num_adapters)]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        base.save_pretrained(root / "base")
+        places, expected = make_adapters(base, root, num_adapters, rank, prompts)
+        job = {"model": str(root / "base"), "adapters": places, "prompts": prompts, "expected": expected}
+        job |= {"new": new, "repeats": repeats, "rank": rank}
+        (root / "job.json").write_text(json.dumps(job))
+        command = [PYTHON, Path(__file__).with_name("vllm_driver.py"), root / "job.json", root / "result.json"]
+        sources = str(Path(__file__).parents[1] / "src")
+        variables = os.environ | {"PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"vLLM's process failed, nothing is timed: {done.stderr[-2000:]}")
+        result = json.loads((root / "result.json").read_text())
+    rates = {
+        name: [(new - 1) * num_adapters / (whole - first) for whole, first in times]
+        for name, times in result["times"].items()
+    }
+    systems = {}
+    for name, own in rates.items():
+        ratios = [rate / reference for rate, reference in zip(own, rates["base"], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        systems[name] = {
+            "decode_tokens_per_s": statistics.median(own),
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": [low, high],
+            "seconds": statistics.median(whole for whole, _ in result["times"][name]),
+        }
+    size = sum(parameter.numel() for parameter in base.parameters()) / 1e6
+    return {
+        "environment": environment("python -m benchmarks.vllm_engine") | {"threads": "1", "vllm": result["vllm"]},
+        "model": f"Llama of {size:.1f} M random parameters, float32, r={rank} on all linear layers, {num_adapters} "
+        f"requests with an adapter each, {prompt} + {new} tokens, median of {repeats} turns",
+        "systems": systems,
+    }
+
+
+def make_adapters(
+    base: LlamaForCausalLM, root: Path, num_adapters: int, rank: int, prompts: list[list[int]]
+) -> tuple[dict[str, list[str]], dict[str, list[list[int]]]]:
+    """Returns the directories of each system's adapters, and what the first two prefill-only ones should answer."""
+    places: dict[str, list[str]] = {name: [] for name in SYSTEMS[1:]}
+    expected: dict[str, list[list[int]]] = {name: [] for name in SYSTEMS[2:]}
+    for name, method in (("LoRA-P", "lora"), ("DiReFT-P", "direft")):
+        for i in range(num_adapters):
+            torch.manual_seed(i + 1)
+            settings = PreftConfig(method=method, r=rank, task_type="CAUSAL_LM", init_weights=False)
+            model = get_peft_model(copy.deepcopy(base), settings).eval()
+            place = root / f"{method}-{i}"
+            model.save_pretrained(place)
+            places[name].append(str(place))
+            if i < 2:
+                ids = torch.tensor([prompts[i]])
+                answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+                expected[name].append(answer[0, len(prompts[i]) :].tolist())
+            if method == "lora":
+                to_lora(place, root / f"plain-{i}")
+                places["all-token LoRA"].append(str(root / f"plain-{i}"))
+    return places, expected
+
+
+if __name__ == "__main__":
+    main()
