@@ -23,7 +23,7 @@ STAMP = "__preft_stamp__"
 
 
 def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives the decoder layers of a loaded model their places for DiReFT-P, and the V2 runner's LoRA state its states."""
+    """Gives a loaded model's decoder layers their places for DiReFT-P, and the V2 runner's LoRA state its states."""
 
     @functools.wraps(original)
     def loaded(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
@@ -65,8 +65,8 @@ def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             here, wanted = getattr(known, STAMP, None), stamp_of(lora_request)
             if here != wanted:
                 raise RuntimeError(
-                    f"lora_int_id {lora_request.lora_int_id} is {_named(here)} in this worker, and a request says that "
-                    f"it is {_named(wanted)}: one id is one adapter; with several API servers, use one, or ids of "
+                    f"lora_int_id {lora_request.lora_int_id} is {_named(here)} in this worker, and a request says "
+                    f"that it is {_named(wanted)}: one id is one adapter; with several API servers, use one, or ids of "
                     "your own"
                 )
         return original(self, lora_request)
@@ -152,9 +152,9 @@ def _shapes(manager: Any) -> Mapping[str, tuple[int, int]]:
             found[name] = (module.hidden_size, module.hidden_size)
             continue
         layer = getattr(module, "base_layer", None)
-        width_in = getattr(layer, "input_size", None)
-        if width_in is None:
+        if layer is None or not hasattr(layer, "input_size"):
             continue
+        width_in = layer.input_size
         parts = manager.packed_modules.get(name)
         if parts is None:
             found[name] = (width_in, layer.output_size)

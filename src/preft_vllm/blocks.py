@@ -114,7 +114,10 @@ def _place_class() -> type:
     from vllm.lora.layers import BaseLayerWithLoRA  # pyright: ignore[reportMissingImports]
 
     class BlockWithEdit(BaseLayerWithLoRA):
-        """The slots of one decoder layer. a: (slots, 1, rank, hidden), b: (slots, 1, hidden, rank), bias: (slots, rank)."""
+        """The slots of one decoder layer.
+
+        a: (slots, 1, rank, hidden), b: (slots, 1, hidden, rank), bias: (slots, rank), constant: (slots + 1, hidden)
+        """
 
         def __init__(self, key: str, hidden_size: int, slots: int, lora_config: Any, device: torch.device):
             super().__init__()

@@ -17,7 +17,7 @@ class _Process:
 def register() -> None:
     """Entry point `vllm.general_plugins`: called once or more in each process, before the engine is made.
 
-    Where a seam does not hold, vLLM runs as it is with ordinary LoRA, and a PreFT adapter is refused when it is loaded.
+    Where a seam does not hold, vLLM runs as it is with ordinary LoRA, and a PreFT adapter is refused when loaded.
     """
     if _Process.applied is not None or _Process.refusing is not None:
         return

@@ -1,7 +1,7 @@
 """LoRA of many adapters on a CPU: grouped matrix products in place of vLLM's row by row gathering.
 
-vLLM's own kernels for the CPU copy the weights of an adapter for every row, and give a row without one (index -1) those
-of the last slot. Imported by vLLM alone, by name.
+vLLM's own kernels for the CPU copy the weights of an adapter for every row, and give a row without one (index -1)
+those of the last slot. Imported by vLLM alone, by name.
 """
 
 from typing import Any

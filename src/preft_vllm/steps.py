@@ -119,7 +119,7 @@ def block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(request, start_token_idx, end_token_idx, start_mm_idx)
         found, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
         others = [key for key in found or () if key[0] != "lora"]
-        own = [("lora", lora_request.lora_name, stamp.fingerprint)]
+        own: list[tuple[str, ...]] = [("lora", lora_request.lora_name, stamp.fingerprint)]
         if end_token_idx > request.num_prompt_tokens:
             rows = max(request.num_prompt_tokens - start_token_idx, 0)
             own.append(("preft", f"{rows} prefill rows"))
