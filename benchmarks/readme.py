@@ -7,6 +7,8 @@ from benchmarks.run import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "serving.md"
+VLLM_PAGE = README.parent / "docs" / "vllm.md"
+VLLM_START, VLLM_END = "<!-- vllm -->\n", "<!-- /vllm -->"
 SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
 NAMES = {"base": "base model", "peft-lora": "PEFT LoRA", "lora-p": "LoRA-P", "direft-p": "DiReFT-P"}
 START, END = "<!-- results -->\n", "<!-- /results -->"
@@ -20,6 +22,26 @@ def main() -> None:
     before, _, rest = PAGE.read_text().partition(START)
     after = rest.partition(END)[2]
     PAGE.write_text(before + START + "\n".join(page_sections(many, single)) + END + after)
+    before, _, rest = VLLM_PAGE.read_text().partition(VLLM_START)
+    after = rest.partition(VLLM_END)[2]
+    sections = map(vllm_section, sorted(RESULTS.glob("vllm-*.json")))
+    VLLM_PAGE.write_text(before + VLLM_START + "\n".join(sections) + VLLM_END + after)
+
+
+def vllm_section(file: Path) -> str:
+    """Returns what docs/vllm.md shows of a run of benchmarks.vllm_engine."""
+    report = json.loads(file.read_text())
+    lines = ["| | decode, tokens/s | of base | quartiles | whole run, s |", "|---|---|---|---|---|"]
+    for name, one in report["systems"].items():
+        low, high = one["ratio_quartiles"]
+        lines.append(
+            f"| {name} | {one['decode_tokens_per_s']:.0f} | {one['ratio']:.2f} | {low:.2f} to {high:.2f} | "
+            f"{one['seconds']:.2f} |"
+        )
+    made = report["environment"]
+    lines += ["", f"{report['model']}; {made['device']}, {made['threads']} thread; torch {made['torch']}, vLLM "]
+    lines[-1] += f"{made['vllm']}. Command: `{made['command']}`."
+    return "\n".join(lines) + "\n"
 
 
 def page_sections(many: list[Path], single: list[Path]) -> list[str]:

@@ -2,8 +2,8 @@
 
 Base, all-token LoRA, LoRA-P and DiReFT-P take turns in one engine, all with the plugin's grouped kernels for the CPU.
 A decode rate is that of the tokens after the first: the time of a whole run less that of a run of one token. Before
-anything is timed, answers of prefill-only adapters are compared with the two-phase loop. vLLM has an environment of its
-own: PREFT_VLLM_PYTHON names its Python.
+anything is timed, answers of prefill-only adapters are compared with the two-phase loop. vLLM has an environment of
+its own: PREFT_VLLM_PYTHON names its Python.
 """
 
 import argparse

@@ -92,3 +92,7 @@ def test_the_readmes_figures_are_the_committed_ones():
         shown = (ROOT / name).read_text().partition(readme.START)[2].partition(readme.END)[0]
         assert shown == "\n".join(sections)
         assert shown
+    measured = sorted(readme.RESULTS.glob("vllm-*.json"))
+    shown = (ROOT / "docs/vllm.md").read_text().partition(readme.VLLM_START)[2].partition(readme.VLLM_END)[0]
+    assert measured
+    assert shown == "\n".join(map(readme.vllm_section, measured))

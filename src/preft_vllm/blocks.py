@@ -17,7 +17,7 @@ BLOCK_LEAF = "preft"
 ANY_ROW = "__preft_any_row__"
 BLOCKS = frozenset(
     f"vllm.model_executor.models.{name}"
-    for name in ("llama.LlamaDecoderLayer", "qwen2.Qwen2DecoderLayer", "qwen3.Qwen3DecoderLayer")
+    for name in ("llama.LlamaDecoderLayer", "mistral.MistralDecoderLayer", "qwen2.Qwen2DecoderLayer", "qwen3.Qwen3DecoderLayer")
 )
 """Decoder layers that were read: they return (hidden, residual), and the stream is their sum."""
 

@@ -134,6 +134,11 @@ RELIED_ON = tuple(
             "Returns (hidden, residual); the stream is the sum.",
         ),
         (
+            f"{_MODELS}.mistral:MistralDecoderLayer.forward",
+            "f44562a789b49f75",
+            "Returns (hidden, residual); the stream is the sum.",
+        ),
+        (
             f"{_MODELS}.qwen2:Qwen2DecoderLayer.forward",
             "042c2fc18af98dc8",
             "Returns (hidden, residual); the stream is the sum.",

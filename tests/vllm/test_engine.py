@@ -3,7 +3,11 @@
 import shutil
 
 import pytest
+import torch
 
+from preft_core.transform import to_lora
+
+from ..hf.oracle import two_phase_greedy
 from ..hf.zoo import make_base, make_preft
 from .world import check, make_world, run, some_ids
 
@@ -19,7 +23,7 @@ def crowd_wave(world, lengths, new=8, seed=0):
     ]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_six_adapters_and_base_rows_in_one_batch_in_chunks(architecture):
     world = make_world(architecture)
     ids = some_ids(11, 1)
@@ -143,3 +147,39 @@ def test_an_adapter_of_other_shapes_is_refused_with_its_faults(tmp_path):
     waves = [[world.request(some_ids(9, 1), "wide") | {"adapter": ["small", 9, str(tmp_path / "small")]}]]
     found = run(world, waves, errors=True)
     assert found["waves"] == [None]
+
+
+def test_all_token_lora_beside_prefill_only_adapters(tmp_path):
+    world = make_world("llama")
+    for name in ("wide", "stable"):
+        to_lora(world.crowd.paths[name], tmp_path / name)
+    waves = [[world.request(some_ids(9 + i, 160 + i), name, 12) for i, name in enumerate(["wide", "edit", None, "few"])]]
+    plain = [(name, some_ids(10 + i, 170 + i)) for i, name in enumerate(["wide", "stable"])]
+    given = [
+        {"ids": ids, "adapter": [f"plain {name}", 20 + i, str(tmp_path / name)], "new": 12}
+        for i, (name, ids) in enumerate(plain)
+    ]
+    # all slots are taken, which vLLM's own kernels for the CPU get wrong
+    found = run(world, [waves[0] + given], max_loras=5)
+    check(world, waves, {"waves": [found["waves"][0][:4]]})
+    for (name, ids), answer in zip(plain, found["waves"][0][4:], strict=True):
+        adapted = world.crowd.adapted[name]
+        assert answer["tokens"] == two_phase_greedy(adapted, adapted, torch.tensor([ids]), 12)[0][0].tolist()
+        assert answer["tokens"] != world.expected(name, ids, 12)
+
+
+def test_where_a_seam_does_not_hold_preft_is_refused_and_lora_served(tmp_path):
+    world = make_world("llama")
+    to_lora(world.crowd.paths["wide"], tmp_path / "plain")
+    ids = some_ids(10, 180)
+    waves = [
+        [{"ids": ids, "adapter": ["plain", 1, str(tmp_path / "plain")], "new": 8}],
+        [world.request(ids, "edit") | {"adapter": ["edit", 2, str(world.crowd.paths["edit"])]}],
+    ]
+    found = run(world, waves, "seam", errors=True)
+    adapted = world.crowd.adapted["wide"]
+    expected = two_phase_greedy(adapted, adapted, torch.tensor([ids]), 8)[0][0].tolist()
+    assert [answer["tokens"] for answer in found["waves"][0]] == [expected]
+    assert found["waves"][1] is None
+    assert "prefill-only" in found["errors"][0]
+    assert "Scheduler.schedule has digest" in found["errors"][0]
