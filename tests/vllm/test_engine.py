@@ -153,7 +153,9 @@ def test_all_token_lora_beside_prefill_only_adapters(tmp_path):
     world = make_world("llama")
     for name in ("wide", "stable"):
         to_lora(world.crowd.paths[name], tmp_path / name)
-    waves = [[world.request(some_ids(9 + i, 160 + i), name, 12) for i, name in enumerate(["wide", "edit", None, "few"])]]
+    waves = [
+        [world.request(some_ids(9 + i, 160 + i), name, 12) for i, name in enumerate(["wide", "edit", None, "few"])]
+    ]
     plain = [(name, some_ids(10 + i, 170 + i)) for i, name in enumerate(["wide", "stable"])]
     given = [
         {"ids": ids, "adapter": [f"plain {name}", 20 + i, str(tmp_path / name)], "new": 12}
