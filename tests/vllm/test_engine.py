@@ -190,6 +190,6 @@ def test_where_a_seam_does_not_hold_preft_is_refused_and_lora_served(tmp_path):
 
 def test_the_benchmark_in_small():
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    report = vllm_engine.measure(2, 4, 12, 8, 5, shape)
+    report = vllm_engine.measure(2, 8, 12, 8, 5, shape)
     assert list(report["systems"]) == [*vllm_engine.SYSTEMS, vllm_engine.STOCK]
     assert all(one["decode_tokens_per_s"] > 0 for one in report["systems"].values())
