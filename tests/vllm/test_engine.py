@@ -10,7 +10,8 @@ from preft_core.transform import to_lora
 
 from ..hf.oracle import two_phase_greedy
 from ..hf.zoo import make_base, make_preft
-from .world import check, make_world, run, some_ids
+from ..tgi.world import some_ids
+from .world import check, make_world, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 NAMES = ["turn", None, "wide", "edit", "few", "sixth", None, "stable"]

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ..hf.zoo import make_base, make_preft
-from .world import make_world, server, some_ids
+from ..tgi.world import some_ids
+from .world import make_world, server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -4,18 +4,15 @@ import copy
 import functools
 import json
 import os
-import random
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2 as httpx
-import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -23,26 +20,18 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from preft_core.adapter import load_adapter
 
 from ..conftest import VLLM_PYTHON
-from ..hf.crowd import BASE, Crowd, crowd
-from ..hf.oracle import adapted_copy, two_phase_greedy
+from ..hf.crowd import Crowd, crowd
+from ..hf.oracle import adapted_copy
 from ..hf.zoo import VOCABULARY, make_preft
+from ..tgi.world import World as Served
 
 SOURCES = Path(__file__).parents[2] / "src"
 # vLLM's attention on a CPU takes heads of 32 and more
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 
 
-@dataclass
-class World:
-    """model: a directory that vLLM serves; crowd: its adapters, and each merged into a copy of the base."""
-
-    model: Path
-    crowd: Crowd
-
-    def expected(self, name: str | None, ids: list[int], num_new: int) -> list[int]:
-        """Returns what the two-phase loop says."""
-        adapted = self.crowd.adapted[name or BASE]
-        return two_phase_greedy(adapted, self.crowd.base, torch.tensor([ids]), num_new)[0][0].tolist()
+class World(Served):
+    """A model that vLLM serves."""
 
     def request(self, ids: list[int], name: str | None, new: int = 6) -> dict:
         names = list(self.crowd.paths)
@@ -106,10 +95,6 @@ def check(world: World, waves: list[list[dict]], found: dict) -> None:
         for request, answer in zip(wave, answers, strict=True):
             expected = world.expected(request["name"], request["ids"], request["new"])
             assert answer["tokens"] == expected, (request["name"], len(request["ids"]), request["new"])
-
-
-def some_ids(length: int, seed: int) -> list[int]:
-    return [random.Random(seed).randrange(3, VOCABULARY) for _ in range(length)]
 
 
 @contextmanager
