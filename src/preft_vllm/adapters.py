@@ -13,6 +13,7 @@ import torch
 
 from preft_core.adapter import Adapter, AdapterError
 from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_json, read_limited
+from preft_core.header import raise_faults
 from preft_core.layout import factors
 from preft_core.source import find_adapter
 from preft_vllm.blocks import BLOCK_LEAF, add_blocks
@@ -123,9 +124,7 @@ def to_vllm(adapter: Adapter, stamp: Stamp, manager: Any, lora_config: Any, numb
         if not (a.isfinite().all() and b.isfinite().all()):
             faults.append(f"{path} is not finite in {lora_config.lora_dtype}")
         loras[name] = LoRALayerWeights(name, rank, rank, a, b, 1.0)
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise AdapterError(f"adapter {stamp.location} cannot be served: {'; '.join(faults[:5])}{more}")
+    raise_faults(f"adapter {stamp.location} cannot be served", faults)
     model = LoRAModel(number, rank, loras)
     setattr(model, STAMP, stamp)
     return model

@@ -13,11 +13,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from preft_core.adapter import WEIGHTS_NAME
 from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterError, parse_json, read_limited
 from preft_core.source import find_adapter, hub_id
 
 PREFIX = "preft:"
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class Directory:
         return changed
 
     def is_preft(self, lora_request: Any) -> bool:
-        """Returns whether a request, stamped or not, names a prefill-only adapter."""
+        """Returns whether a request, stamped or not, names a prefill-only adapter. Its weights are not read."""
         if lora_request is None:
             return False
-        return stamp_of(lora_request) is not None or self._find(lora_request.lora_path, False) is not None
+        return stamp_of(lora_request) is not None or _peft_type(_place(lora_request.lora_path)) == "PREFT"
 
     def _find(self, path: str, fresh: bool) -> Stamp | None:
         place = _place(path)
@@ -140,7 +140,7 @@ def _signature(place: str) -> object:
     if hub_id(place) is not None:
         return None
     found = []
-    for name in (CONFIG_NAME, WEIGHTS):
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
         try:
             status = os.stat(os.path.join(place, name))
         except OSError:
