@@ -1,4 +1,4 @@
-"""Decode in vLLM with an adapter per request: `python -m benchmarks.vllm_engine [--adapters N] [--repeats N]`.
+"""Decode in vLLM with an adapter per request: `python -m benchmarks.vllm_engine [--model NAME] [--threads N] ...`.
 
 Base, all-token LoRA, LoRA-P and DiReFT-P take turns in one engine with the plugin's grouped kernels for the CPU, and
 all-token LoRA once more with those that vLLM ships (one slot is left free, since they are wrong when all are taken).
@@ -26,16 +26,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.run import RESULTS, environment
 from preft_core.transform import to_lora
 from preft_hf import PreftConfig
+from preft_hf.demo.model import load_demo_model
 
 PYTHON = Path(os.environ.get("PREFT_VLLM_PYTHON", "~/.cache/preft/vllm/bin/python")).expanduser()
 SYSTEMS = ("base", "all-token LoRA", "LoRA-P", "DiReFT-P")
 STOCK = "all-token LoRA, vLLM's kernels"
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-VOCABULARY = 8192
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("random", "smollm2"), default="random", help="random: a small Llama")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--adapters", type=int, default=16, help="requests at once, each with an adapter of its own")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
@@ -44,7 +46,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.repeats < 5:
         parser.error(f"--repeats is {options.repeats}: give 5 or more")
-    report = measure(options.adapters, options.rank, options.prompt, options.new, options.repeats)
+    base = load_demo_model()[0] if options.model == "smollm2" else random_model()
+    report = measure(base, options.adapters, options.rank, options.prompt, options.new, options.repeats, options.threads)
+    label = "SmolLM2-135M-Instruct" if options.model == "smollm2" else "Llama of random parameters"
+    report["model"] = f"{label}, {report['model']}"
+    command = f"python -m benchmarks.vllm_engine --model {options.model} --threads {options.threads}"
+    report["environment"]["command"] = f"{command} --repeats {options.repeats}"
     console = Console()
     for name, one in report["systems"].items():
         low, high = one["ratio_quartiles"]
@@ -53,22 +60,27 @@ def main() -> None:
             f"{high:.3f}); whole run {one['seconds']:.2f} s",
             highlight=False,
         )
-    file = RESULTS / "vllm-cpu-1-threads.json"
+    file = RESULTS / f"vllm-cpu-{options.threads}-threads-{options.model}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"{report['environment']['device']}, one thread, {report['model']}. Saved {file.name}")
+    console.print(f"{report['environment']['device']}, {options.threads} thread(s), {report['model']}. Saved {file.name}")
 
 
-def measure(num_adapters: int, rank: int, prompt: int, new: int, repeats: int, shape: Any = None) -> dict[str, Any]:
+def random_model(**shape: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = SHAPE | {"vocab_size": 8192} | shape
+    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=1024, eos_token_id=2, **settings)).eval()
+
+
+def measure(
+    base: Any, num_adapters: int, rank: int, prompt: int, new: int, repeats: int, threads: int = 1
+) -> dict[str, Any]:
     """Returns for each system its decode rate and its ratio to base within a turn, medians and quartiles.
 
     Raises:
         RuntimeError: an answer is not the two-phase loop's, so that something else would be timed.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=1024, eos_token_id=2, **(shape or SHAPE))
-    base = LlamaForCausalLM(config).eval()
     draw = random.Random(0)
-    prompts = [[draw.randrange(3, VOCABULARY) for _ in range(prompt)] for _ in range(num_adapters)]
+    prompts = [[draw.randrange(3, base.config.vocab_size) for _ in range(prompt)] for _ in range(num_adapters)]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base.save_pretrained(root / "base")
@@ -78,7 +90,9 @@ def measure(num_adapters: int, rank: int, prompt: int, new: int, repeats: int, s
         (root / "job.json").write_text(json.dumps(job))
         command = [PYTHON, Path(__file__).with_name("vllm_driver.py"), root / "job.json", root / "result.json"]
         sources = str(Path(__file__).parents[1] / "src")
-        variables = os.environ | {"PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        variables = os.environ | {"PYTHONPATH": sources, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        # the copy under root has another name than what the adapters were made on
+        variables["PREFT_BASE_MODEL"] = base.name_or_path
         done = subprocess.run(command, env=variables, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"vLLM's process failed, nothing is timed: {done.stderr[-2000:]}")
@@ -99,15 +113,15 @@ def measure(num_adapters: int, rank: int, prompt: int, new: int, repeats: int, s
         }
     size = sum(parameter.numel() for parameter in base.parameters()) / 1e6
     return {
-        "environment": environment("python -m benchmarks.vllm_engine") | {"threads": "1", "vllm": result["vllm"]},
-        "model": f"Llama of {size:.1f} M random parameters, float32, r={rank} on all linear layers, {num_adapters} "
+        "environment": environment("python -m benchmarks.vllm_engine") | {"threads": str(threads), "vllm": result["vllm"]},
+        "model": f"{size:.1f} M, float32, r={rank} on all linear layers, {num_adapters} "
         f"requests with an adapter each, {prompt} + {new} tokens, median of {repeats} turns",
         "systems": systems,
     }
 
 
 def make_adapters(
-    base: LlamaForCausalLM, root: Path, num_adapters: int, rank: int, prompts: list[list[int]]
+    base: Any, root: Path, num_adapters: int, rank: int, prompts: list[list[int]]
 ) -> tuple[dict[str, list[str]], dict[str, list[list[int]]]]:
     """Returns the directories of each system's adapters, and what the first two of each should answer."""
     places: dict[str, list[str]] = {name: [] for name in SYSTEMS[1:]}

@@ -8,6 +8,7 @@ The engine is the real one, in this process; our entry point has to be found by 
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,13 +37,18 @@ def break_it(name: str | None) -> None:
         block_pool.generate_block_hash_extra_keys = stock
 
 
-def watch_schedules() -> list[int]:
-    """Returns a list that grows with the number of requests of each step."""
+def watch_schedules(swap: list[str] | None) -> list[int]:
+    """Returns a list that grows with the number of requests of each step.
+
+    swap: two directories; files of the first become the second's before the first step, after requests were taken
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
     original, counts = Scheduler.schedule, [0]
 
     def counting(self, *args, **kwargs):
+        if swap and len(counts) == 1:
+            shutil.copytree(swap[1], swap[0], dirs_exist_ok=True)
         output = original(self, *args, **kwargs)
         counts.append(len(output.num_scheduled_tokens))
         return output
@@ -51,11 +57,38 @@ def watch_schedules() -> list[int]:
     return counts
 
 
+def has_plugin(worker) -> bool:
+    from preft_vllm import plugin
+
+    return plugin.active()
+
+
+def names_without_last_layer(worker, place: str) -> list[str]:
+    """Returns what a worker takes of an adapter when the last layer is with another worker of the pipeline."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    from preft_core.adapter import load_adapter
+    from preft_vllm.adapters import to_vllm
+    from preft_vllm.stamp import Stamp
+
+    runner = worker.model_runner
+    manager = runner.lora_manager._adapter_manager
+    layers = manager.model.model.layers
+    last = len(layers) - 1
+    layers[last] = PPMissingLayer()
+    for name in [name for name in manager.modules if f".layers.{last}." in name]:
+        del manager.modules[name]
+    adapter = load_adapter(place)
+    taken = to_vllm(adapter, Stamp(adapter.fingerprint, place), manager, runner.lora_config, 1)
+    return list(taken.loras)
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     from vllm.lora.request import LoRARequest
 
     from preft_vllm import plugin
+    from preft_vllm.steps import DIRECTORY
     from vllm import LLM, SamplingParams
 
     defaults = {
@@ -78,9 +111,12 @@ def main() -> None:
     llm = LLM(model=job["model"], **defaults | job["engine"])
     assert plugin.active() == (job["plugin"] and job.get("break") != "seam"), "vLLM did not load the plugin"
     break_it(job.get("break"))
-    peak = watch_schedules()
+    peak = watch_schedules(job.get("swap"))
     waves, errors = [], []
     for wave in job["waves"]:
+        if job.get("forget"):
+            # as another API server would, which counts ids from the start
+            vars(llm.llm_engine.input_processor).pop(DIRECTORY, None)
         requests = [r["adapter"] and LoRARequest(*r["adapter"]) for r in wave]
         params = [SamplingParams(temperature=0, max_tokens=r["new"], ignore_eos=True, detokenize=False) for r in wave]
         prompts = [{"prompt_token_ids": r["ids"]} for r in wave]
@@ -94,7 +130,12 @@ def main() -> None:
             continue
         waves.append([{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs])
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    result = {"waves": waves, "errors": errors, "peak": max(peak), "counters": counters}
+    # each worker says whether it has our steps in place of vLLM's
+    workers = llm.collective_rpc(has_plugin)
+    result = {"waves": waves, "errors": errors, "peak": max(peak), "counters": counters, "workers": workers}
+    if "without_last_layer" in job:
+        place = job["without_last_layer"]
+        result["taken"] = llm.collective_rpc(lambda worker: names_without_last_layer(worker, place))[0]
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

@@ -151,6 +151,29 @@ def test_an_adapter_of_other_shapes_is_refused_with_its_faults(tmp_path):
     assert found["waves"] == [None]
 
 
+def test_a_worker_refuses_content_that_changed_after_a_request_was_taken(tmp_path):
+    world = make_world("llama")
+    place = shutil.copytree(world.crowd.paths["wide"], tmp_path / "wide")
+    request = world.request(some_ids(9, 1), "wide") | {"adapter": ["wide", 9, str(place)]}
+    check(world, [[request]], run(world, [[request]]))
+    swap = [str(place), str(world.crowd.paths["few"])]
+    found = run(world, [[request]], errors=True, job={"swap": swap})
+    assert found["waves"] == [None]
+    assert "has changed: its fingerprint is" in found["errors"][0]
+
+
+def test_a_worker_refuses_an_id_that_two_front_processes_use(tmp_path):
+    world = make_world("llama")
+    wide = world.request(some_ids(9, 1), "wide")
+    few = world.request(some_ids(9, 1), "few") | {
+        "adapter": ["few", *wide["adapter"][1:2], str(world.crowd.paths["few"])]
+    }
+    found = run(world, [[wide], [few]], errors=True, job={"forget": True})
+    check(world, [[wide]], {"waves": found["waves"][:1]})
+    assert found["waves"][1] is None
+    assert "one id is one adapter" in found["errors"][0]
+
+
 def test_all_token_lora_beside_prefill_only_adapters(tmp_path):
     world = make_world("llama")
     for name in ("wide", "stable"):
@@ -191,6 +214,6 @@ def test_where_a_seam_does_not_hold_preft_is_refused_and_lora_served(tmp_path):
 
 def test_the_benchmark_in_small():
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    report = vllm_engine.measure(2, 8, 12, 8, 5, shape)
+    report = vllm_engine.measure(vllm_engine.random_model(**shape), 2, 8, 12, 8, 5)
     assert list(report["systems"]) == [*vllm_engine.SYSTEMS, vllm_engine.STOCK]
     assert all(one["decode_tokens_per_s"] > 0 for one in report["systems"].values())

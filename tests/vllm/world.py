@@ -57,6 +57,7 @@ def run(
     broken: str | None = None,
     errors: bool = False,
     plugins: str | None = None,
+    job: dict | None = None,
     **engine,
 ) -> dict:
     """Returns what one engine answered to waves of requests, one wave after the other.
@@ -65,10 +66,13 @@ def run(
         broken: a rule that is put in place of ours
         errors: a wave that fails is noted, and the next one begins
         plugins: VLLM_PLUGINS; "" loads none
+        job: more for the driver
         engine: arguments of vLLM's LLM
     """
     folder = Path(tempfile.mkdtemp(prefix="preft-vllm-job-"))
-    job = {"model": str(world.model), "engine": engine, "waves": waves, "break": broken, "errors": errors}
+    job = {"model": str(world.model), "engine": engine, "waves": waves, "break": broken, "errors": errors} | (
+        job or {}
+    )
     job["plugin"] = plugins is None
     (folder / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
@@ -86,7 +90,9 @@ def environment() -> dict[str, str]:
     """Returns the variables of a process that finds the plugin by its entry point."""
     assert list(SOURCES.glob("*.egg-info/entry_points.txt")), "pip install --editable . writes the entry point"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("COV", "TRITON"))}
-    return clean | {"PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # nobind: two workers of one engine may share a NUMA node
+    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return clean | threads | {"PYTHONPATH": str(SOURCES), "HF_HUB_OFFLINE": "1"}
 
 
 def check(world: World, waves: list[list[dict]], found: dict) -> None:
