@@ -2,8 +2,8 @@
 
 Base, all-token LoRA, LoRA-P and DiReFT-P take turns in one engine with the plugin's grouped kernels for the CPU, and
 all-token LoRA once more with those that vLLM ships (one slot is left free, since they are wrong when all are taken).
-A decode rate is that of the tokens after the first: the time of a whole run less that of a run of one token. Before
-anything is timed, answers are compared: of prefill-only adapters with the two-phase loop, of all-token LoRA with
+A decode rate is that of the tokens after the first: the time of a whole run less that of a run of one token, adapters
+being in their slots at both. Before anything is timed, answers are compared: of prefill-only adapters with the two-phase loop, of all-token LoRA with
 transformers and PEFT. vLLM has an environment of its own: PREFT_VLLM_PYTHON names its Python.
 """
 
@@ -47,11 +47,15 @@ def main() -> None:
     if options.repeats < 5:
         parser.error(f"--repeats is {options.repeats}: give 5 or more")
     base = load_demo_model()[0] if options.model == "smollm2" else random_model()
-    report = measure(base, options.adapters, options.rank, options.prompt, options.new, options.repeats, options.threads)
+    report = measure(
+        base, options.adapters, options.rank, options.prompt, options.new, options.repeats, options.threads
+    )
     label = "SmolLM2-135M-Instruct" if options.model == "smollm2" else "Llama of random parameters"
     report["model"] = f"{label}, {report['model']}"
-    command = f"python -m benchmarks.vllm_engine --model {options.model} --threads {options.threads}"
-    report["environment"]["command"] = f"{command} --repeats {options.repeats}"
+    given = (
+        f"--model {options.model} --threads {options.threads} --prompt {options.prompt} --repeats {options.repeats}"
+    )
+    report["environment"]["command"] = f"python -m benchmarks.vllm_engine {given}"
     console = Console()
     for name, one in report["systems"].items():
         low, high = one["ratio_quartiles"]
@@ -62,7 +66,9 @@ def main() -> None:
         )
     file = RESULTS / f"vllm-cpu-{options.threads}-threads-{options.model}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"{report['environment']['device']}, {options.threads} thread(s), {report['model']}. Saved {file.name}")
+    console.print(
+        f"{report['environment']['device']}, {options.threads} thread(s), {report['model']}. Saved {file.name}"
+    )
 
 
 def random_model(**shape: int) -> LlamaForCausalLM:
@@ -113,7 +119,8 @@ def measure(
         }
     size = sum(parameter.numel() for parameter in base.parameters()) / 1e6
     return {
-        "environment": environment("python -m benchmarks.vllm_engine") | {"threads": str(threads), "vllm": result["vllm"]},
+        "environment": environment("python -m benchmarks.vllm_engine")
+        | {"threads": str(threads), "vllm": result["vllm"]},
         "model": f"{size:.1f} M, float32, r={rank} on all linear layers, {num_adapters} "
         f"requests with an adapter each, {prompt} + {new} tokens, median of {repeats} turns",
         "systems": systems,

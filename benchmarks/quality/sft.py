@@ -11,8 +11,11 @@ from torch.nn import functional
 
 from preft_hf import PreftConfig
 from preft_hf.data import Sample, collate
+from preft_hf.training import IGNORED_LABEL
 
 BATCH = 8
+# what a call of the model costs beside its tokens, in tokens
+PIECE_TOKENS = 64
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -47,12 +50,9 @@ def train(
     model.train()
     for step in range(num_steps):
         chosen = [samples[i] for i in rows[step * batch_size : (step + 1) * batch_size]]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(chosen, pad).items()}
-        loss = loss_of(model, batch)
-        losses.append(loss.item())
+        losses.append(_backward(model, chosen, pad, loss_of))
         if not math.isfinite(losses[-1]):
             break
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -71,22 +71,57 @@ def evaluate(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, Any]:
     [sum of losses, number of tokens].
     """
     model.eval()
-    row_losses, total, count = [], 0.0, 0
+    row_losses, total, count = [0.0] * len(samples), 0.0, 0
     by_distance = {first: [0.0, 0] for first in BUCKETS}
-    for i in range(0, len(samples), BATCH):
-        batch = _batch(model, samples[i : i + BATCH], pad)
+    by_length = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
+    for begin in range(0, len(samples), BATCH):
+        numbers = by_length[begin : begin + BATCH]
+        batch = _batch(model, [samples[i] for i in numbers], pad)
         logits = model(**batch).logits[:, :-1].float()
         labels = batch["labels"][:, 1:]
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        for row, target in zip(losses, labels, strict=True):
+        for i, row, target in zip(numbers, losses, labels, strict=True):
             values = row[target != -100].double().cpu()
-            row_losses.append(float(values.mean()))
+            row_losses[i] = float(values.mean())
             total, count = total + float(values.sum()), count + len(values)
             for first, last in zip(BUCKETS, [*BUCKETS[1:], None], strict=True):
                 part = values[first - 1 : None if last is None else last - 1]
                 by_distance[first][0] += float(part.sum())
                 by_distance[first][1] += len(part)
     return {"loss": total / count, "row_losses": row_losses, "by_distance": by_distance}
+
+
+def _backward(model: Any, rows: Sequence[Sample], pad: int, loss_of: Callable[..., torch.Tensor]) -> float:
+    """Adds the gradient of the rows' mean loss a token and returns that loss. Rows of like length go together."""
+    total, loss = sum(map(_num_targets, rows)), 0.0
+    for piece in pieces(rows):
+        batch = {name: tensor.to(model.device) for name, tensor in collate(piece, pad).items()}
+        share = loss_of(model, batch) * (sum(map(_num_targets, piece)) / total)
+        loss += share.item()
+        if not math.isfinite(loss):
+            break
+        share.backward()
+    return loss
+
+
+def pieces(rows: Sequence[Sample]) -> list[list[Sample]]:
+    """Returns the rows by length, cut where padding would cost more than PIECE_TOKENS for another call."""
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    # cheapest way to cut the first n rows: its cost, and where its last piece begins
+    best = [(0, 0)]
+    for end in range(1, len(rows) + 1):
+        longest = len(rows[end - 1]["input_ids"])
+        best.append(min((best[begin][0] + PIECE_TOKENS + longest * (end - begin), begin) for begin in range(end)))
+    found, end = [], len(rows)
+    while end:
+        begin = best[end][1]
+        found.insert(0, rows[begin:end])
+        end = begin
+    return found
+
+
+def _num_targets(sample: Sample) -> int:
+    return sum(label != IGNORED_LABEL for label in sample["labels"][1:])
 
 
 def _batch(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, torch.Tensor]:
