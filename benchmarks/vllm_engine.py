@@ -3,8 +3,9 @@
 Base, all-token LoRA, LoRA-P and DiReFT-P take turns in one engine with the plugin's grouped kernels for the CPU, and
 all-token LoRA once more with those that vLLM ships (one slot is left free, since they are wrong when all are taken).
 A decode rate is that of the tokens after the first: the time of a whole run less that of a run of one token, adapters
-being in their slots at both. Before anything is timed, answers are compared: of prefill-only adapters with the two-phase loop, of all-token LoRA with
-transformers and PEFT. vLLM has an environment of its own: PREFT_VLLM_PYTHON names its Python.
+being in their slots at both. Before anything is timed, answers are compared: of prefill-only adapters with the
+two-phase loop, of all-token LoRA with transformers and PEFT. vLLM has an environment of its own: PREFT_VLLM_PYTHON
+names its Python.
 """
 
 import argparse
@@ -47,14 +48,11 @@ def main() -> None:
     if options.repeats < 5:
         parser.error(f"--repeats is {options.repeats}: give 5 or more")
     base = load_demo_model()[0] if options.model == "smollm2" else random_model()
-    report = measure(
-        base, options.adapters, options.rank, options.prompt, options.new, options.repeats, options.threads
-    )
+    threads, repeats = options.threads, options.repeats
+    report = measure(base, options.adapters, options.rank, options.prompt, options.new, repeats, threads)
     label = "SmolLM2-135M-Instruct" if options.model == "smollm2" else "Llama of random parameters"
     report["model"] = f"{label}, {report['model']}"
-    given = (
-        f"--model {options.model} --threads {options.threads} --prompt {options.prompt} --repeats {options.repeats}"
-    )
+    given = f"--model {options.model} --threads {threads} --prompt {options.prompt} --repeats {repeats}"
     report["environment"]["command"] = f"python -m benchmarks.vllm_engine {given}"
     console = Console()
     for name, one in report["systems"].items():
@@ -64,11 +62,10 @@ def main() -> None:
             f"{high:.3f}); whole run {one['seconds']:.2f} s",
             highlight=False,
         )
-    file = RESULTS / f"vllm-cpu-{options.threads}-threads-{options.model}.json"
+    file = RESULTS / f"vllm-cpu-{threads}-threads-{options.model}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(
-        f"{report['environment']['device']}, {options.threads} thread(s), {report['model']}. Saved {file.name}"
-    )
+    device = report["environment"]["device"]
+    console.print(f"{device}, {threads} thread(s), {report['model']}. Saved {file.name}")
 
 
 def random_model(**shape: int) -> LlamaForCausalLM:
