@@ -1,4 +1,7 @@
-"""Runs in vLLM's environment: one engine, waves of requests, what it answered. Reads a job from a file, writes JSON.
+"""Runs in vLLM's environment: an engine for each job, waves of requests, what it answered.
+
+For each line of its input, a folder, it forks a process that reads job.json there and writes result.json and log;
+then it prints the exit status. So vLLM is imported once, which takes longer than an engine of a tiny model. A job:
 
     {"model": dir, "engine": {...}, "break": null, "waves": [[{"ids": [...], "adapter": [name, number, path] or null,
      "new": 6}, ...], ...]}
@@ -9,8 +12,13 @@ The engine is the real one, in this process; our entry point has to be found by 
 import json
 import os
 import shutil
+import signal
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
+
+JOB_SECONDS = 120
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -84,7 +92,41 @@ def names_without_last_layer(worker, place: str) -> list[str]:
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    import transformers  # noqa: F401
+    import vllm.entrypoints.llm
+    import vllm.v1.worker.cpu_model_runner  # noqa: F401
+
+    for line in sys.stdin:
+        folder = Path(line.strip())
+        child = os.fork()
+        if child == 0:
+            in_child(folder)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def in_child(folder: Path) -> NoReturn:
+    """Does a folder's job and ends this process. A job that takes too long is ended by a signal."""
+    signal.alarm(JOB_SECONDS)
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, file in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(number, file)
+    status = 1
+    try:
+        job = json.loads((folder / "job.json").read_text())
+        os.environ.update(job["environment"])
+        (folder / "result.json").write_text(json.dumps(run(job)))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(job: dict) -> dict:
     from vllm.lora.request import LoRARequest
 
     from preft_vllm import plugin
@@ -136,7 +178,7 @@ def main() -> None:
     if "without_last_layer" in job:
         place = job["without_last_layer"]
         result["taken"] = llm.collective_rpc(lambda worker: names_without_last_layer(worker, place))[0]
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

@@ -73,17 +73,27 @@ def run(
     job = {"model": str(world.model), "engine": engine, "waves": waves, "break": broken, "errors": errors} | (
         job or {}
     )
-    job["plugin"] = plugins is None
+    job |= {"plugin": plugins is None, "environment": {} if plugins is None else {"VLLM_PLUGINS": plugins}}
     (folder / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [VLLM_PYTHON, Path(__file__).parent / "driver.py", folder / "job.json", folder / "result.json"],
-        env=environment() | ({} if plugins is None else {"VLLM_PLUGINS": plugins}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "log").touch()
+    driver = driver_process()
+    print(folder, file=driver.stdin, flush=True)
+    status = driver.stdout.readline().strip()
+    assert status == "0", f"status {status}: {(folder / 'log').read_text()[-4000:]}"
     return json.loads((folder / "result.json").read_text())
+
+
+@functools.cache
+def driver_process() -> subprocess.Popen:
+    """Starts the process in vLLM's environment that forks one for each job. It ends when its input does."""
+    return subprocess.Popen(
+        [VLLM_PYTHON, Path(__file__).parent / "driver.py"],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def environment() -> dict[str, str]:
