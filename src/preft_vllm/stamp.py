@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -58,6 +59,8 @@ class Directory:
         self._base_models = tuple(base_models)
         self._seen: dict[str, tuple[object, Stamp | None]] = {}
         self._ids: dict[int, str] = {}
+        # adapters are looked up in threads of the server
+        self._lock = Lock()
 
     def stamped(self, lora_request: Any, *, fresh: bool = False) -> Any:
         """Returns a request like this one whose `lora_path` is the adapter's stamp; itself for an all-token LoRA.
@@ -79,15 +82,7 @@ class Directory:
         number = lora_request.lora_int_id
         stamp = self._find(lora_request.lora_path, fresh or lora_request.load_inplace)
         path = lora_request.lora_path if stamp is None else stamp.path
-        before = self._ids.get(number, path)
-        if before != path and PREFIX in (before[: len(PREFIX)], path[: len(PREFIX)]):
-            raise ValueError(
-                f"lora_int_id {number} stands for {before} and the request says {path}: KV of one adapter would be "
-                "answered with another's; give the new adapter an id of its own, or on a server unload the old one "
-                "first"
-            )
-        if stamp is not None or _place(lora_request.lora_path) in self._seen:
-            self._ids[number] = path
+        self._keep(number, path, stamp is not None or _place(lora_request.lora_path) in self._seen)
         if stamp is None:
             return lora_request
         changed = copy.copy(lora_request)
@@ -99,6 +94,19 @@ class Directory:
         if lora_request is None:
             return False
         return stamp_of(lora_request) is not None or _peft_type(_place(lora_request.lora_path)) == "PREFT"
+
+    def _keep(self, number: int, path: str, known: bool) -> None:
+        """Notes what an id stands for, if that is known. Raises ValueError if it stands for something else."""
+        with self._lock:
+            before = self._ids.get(number, path)
+            if before != path and PREFIX in (before[: len(PREFIX)], path[: len(PREFIX)]):
+                raise ValueError(
+                    f"lora_int_id {number} stands for {before} and the request says {path}: KV of one adapter would "
+                    "be answered with another's; give the new adapter an id of its own, or on a server unload the old "
+                    "one first"
+                )
+            if known:
+                self._ids[number] = path
 
     def _find(self, path: str, fresh: bool) -> Stamp | None:
         place = _place(path)

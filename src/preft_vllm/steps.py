@@ -4,7 +4,9 @@ Each takes the original and returns its replacement; `patches` is the table. Arg
 imported, so that this logic is tested without it.
 """
 
+import asyncio
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -43,13 +45,21 @@ def process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Resolves an adapter that is loaded ahead of requests, looking a Hub id up again."""
+    """Resolves an adapter that is loaded ahead of requests, looking a Hub id up again.
+
+    In the server, whose function is a coroutine, a thread does it: a download stops no other request's answer.
+    """
+
+    @functools.wraps(original)
+    async def added_aside(self: Any, lora_request: Any) -> Any:
+        stamped = functools.partial(directory_of(self.input_processor).stamped, lora_request, fresh=True)
+        return await original(self, await asyncio.to_thread(stamped))
 
     @functools.wraps(original)
     def added(self: Any, lora_request: Any) -> Any:
         return original(self, directory_of(self.input_processor).stamped(lora_request, fresh=True))
 
-    return added
+    return added_aside if inspect.iscoroutinefunction(original) else added
 
 
 def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:

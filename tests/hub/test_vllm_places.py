@@ -42,5 +42,7 @@ def test_a_hub_that_was_away_is_asked_again(hub, tmp_path, monkeypatch):
         away.setattr(
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}{revision}{filename}"
         )
+        # huggingface_hub asks again and again, for 23 seconds
+        away.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         assert directory.stamped(request) is request
     assert stamp_of(directory.stamped(Request("tone", 2, "acme/tone"))) is not None

@@ -1,5 +1,7 @@
 """The logic of the vLLM seams, without vLLM."""
 
+import asyncio
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,3 +229,29 @@ def test_an_adapter_of_another_base_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PREFT_BASE_MODEL"):
         Directory(["acme/other"]).stamped(request)
     assert stamp_of(Directory(["acme/other", "acme/base"]).stamped(request)) is not None
+
+
+def test_an_adapter_is_loaded_ahead_aside_of_the_event_loop(tmp_path, monkeypatch):
+    make_preft(make_base()).save_pretrained(tmp_path / "one")
+    processor = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(model="base")))
+    engine = SimpleNamespace(input_processor=processor)
+    threads, stamped = [], Directory.stamped
+
+    def noting(self, request, **options):
+        threads.append(threading.current_thread())
+        return stamped(self, request, **options)
+
+    async def load(self, request):
+        return request
+
+    monkeypatch.setattr(Directory, "stamped", noting)
+    request = Request("one", 1, tmp_path / "one")
+    found = asyncio.run(steps.add_lora(load)(engine, request))
+    assert stamp_of(found) is not None
+    assert stamp_of(steps.add_lora(lambda self, request: request)(engine, request)) == stamp_of(found)
+    assert threads[0] is not threading.main_thread()
+    assert threads[1] is threading.main_thread()
+    other = Request("other", 1, tmp_path / "one")
+    make_preft(make_base(), seed=5).save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
+        asyncio.run(steps.add_lora(load)(engine, other))
