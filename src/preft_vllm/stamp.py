@@ -59,6 +59,7 @@ class Directory:
         self._base_models = tuple(base_models)
         self._seen: dict[str, tuple[object, Stamp | None]] = {}
         self._ids: dict[int, str] = {}
+        self._loaded: set[tuple[int, str]] = set()
         # adapters are looked up in threads of the server
         self._lock = Lock()
 
@@ -94,6 +95,20 @@ class Directory:
         if lora_request is None:
             return False
         return stamp_of(lora_request) is not None or _peft_type(_place(lora_request.lora_path)) == "PREFT"
+
+    def loaded(self, stamped: Any) -> None:
+        """Notes that the engine has loaded a stamped request's adapter."""
+        self._loaded.add((stamped.lora_int_id, stamped.lora_path))
+
+    def is_loaded(self, stamped: Any) -> bool:
+        """Returns whether the engine has loaded this adapter before, under this id."""
+        return (stamped.lora_int_id, stamped.lora_path) in self._loaded
+
+    def forget(self, stamped: Any) -> None:
+        """Frees an id whose adapter the engine could not load. One that was loaded before stays."""
+        with self._lock:
+            if stamped is not None and not self.is_loaded(stamped):
+                self._ids.pop(stamped.lora_int_id, None)
 
     def _keep(self, number: int, path: str, known: bool) -> None:
         """Notes what an id stands for, if that is known. Raises ValueError if it stands for something else."""

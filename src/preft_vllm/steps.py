@@ -1,92 +1,19 @@
-"""What stands in for functions of vLLM that a step goes through: front, scheduler, block hashes, model runners.
+"""What stands in for functions of vLLM that a step goes through: scheduler, block hashes, model runners.
 
 Each takes the original and returns its replacement; `patches` is the table. Arguments are duck-typed and vLLM is not
 imported, so that this logic is tested without it.
 """
 
-import asyncio
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
-from preft_vllm.stamp import Directory, base_models, stamp_of
+from preft_vllm.stamp import stamp_of
 
-DIRECTORY, HIDDEN, ACTIVE, STATES = "__preft_directory__", "__preft_lora__", "__preft_active__", "__preft_states__"
-
-
-def process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Resolves a request's adapter before it reaches the engine."""
-
-    @functools.wraps(original)
-    def processed(
-        self: Any,
-        request_id: Any,
-        prompt: Any,
-        params: Any,
-        supported_tasks: Any,
-        arrival_time: Any = None,
-        lora_request: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        stamped = directory_of(self).stamped(lora_request)
-        if stamp_of(stamped) is not None and (kwargs.get("resumable") or (len(args) > 4 and args[4])):
-            raise ValueError(
-                f"adapter {stamped.lora_name!r} is prefill-only and the request is resumable: each part of its input "
-                "would make the answer before it part of the prompt; send one request per turn"
-            )
-        return original(self, request_id, prompt, params, supported_tasks, arrival_time, stamped, *args, **kwargs)
-
-    return processed
-
-
-def add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Resolves an adapter that is loaded ahead of requests, looking a Hub id up again.
-
-    In the server, whose function is a coroutine, a thread does it: a download stops no other request's answer.
-    """
-
-    @functools.wraps(original)
-    async def added_aside(self: Any, lora_request: Any) -> Any:
-        stamped = functools.partial(directory_of(self.input_processor).stamped, lora_request, fresh=True)
-        return await original(self, await asyncio.to_thread(stamped))
-
-    @functools.wraps(original)
-    def added(self: Any, lora_request: Any) -> Any:
-        return original(self, directory_of(self.input_processor).stamped(lora_request, fresh=True))
-
-    return added_aside if inspect.iscoroutinefunction(original) else added
-
-
-def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses prefill-only adapters: vLLM's beam search sends generated tokens back as a prompt."""
-
-    @functools.wraps(original)
-    def searched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
-        for value in given:
-            for request in value if isinstance(value, (list, tuple)) else [value]:
-                if hasattr(request, "lora_int_id") and Directory().is_preft(request):
-                    raise ValueError(
-                        f"adapter {request.lora_name!r} is prefill-only, and vLLM's beam search gives every generated "
-                        "token back as a prompt, where the adapter would act on it: use sampling with n > 1"
-                    )
-        return original(self, *args, **kwargs)
-
-    return searched
-
-
-def directory_of(input_processor: Any) -> Directory:
-    """Returns the directory of a front process, made at its first use."""
-    found = getattr(input_processor, DIRECTORY, None)
-    if found is None:
-        found = Directory(base_models(input_processor.vllm_config.model_config.model))
-        setattr(input_processor, DIRECTORY, found)
-    return found
+HIDDEN, ACTIVE, STATES = "__preft_lora__", "__preft_active__", "__preft_states__"
 
 
 def schedule(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -45,18 +45,18 @@ def break_it(name: str | None) -> None:
         block_pool.generate_block_hash_extra_keys = stock
 
 
-def watch_schedules(swap: list[str] | None) -> list[int]:
+def watch_schedules(swap: list[str]) -> list[int]:
     """Returns a list that grows with the number of requests of each step.
 
-    swap: two directories; files of the first become the second's before the first step, after requests were taken
+    swap: filled when the coming step shall find a directory changed: files of the first become the second's
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
     original, counts = Scheduler.schedule, [0]
 
     def counting(self, *args, **kwargs):
-        if swap and len(counts) == 1:
-            shutil.copytree(swap[1], swap[0], dirs_exist_ok=True)
+        if swap:
+            shutil.copytree(swap.pop(), swap.pop(), dirs_exist_ok=True)
         output = original(self, *args, **kwargs)
         counts.append(len(output.num_scheduled_tokens))
         return output
@@ -130,7 +130,7 @@ def run(job: dict) -> dict:
     from vllm.lora.request import LoRARequest
 
     from preft_vllm import plugin
-    from preft_vllm.steps import DIRECTORY
+    from preft_vllm.front import DIRECTORY
     from vllm import LLM, SamplingParams
 
     defaults = {
@@ -153,9 +153,13 @@ def run(job: dict) -> dict:
     llm = LLM(model=job["model"], **defaults | job["engine"])
     assert plugin.active() == (job["plugin"] and job.get("break") != "seam"), "vLLM did not load the plugin"
     break_it(job.get("break"))
-    peak = watch_schedules(job.get("swap"))
+    swap: list[str] = []
+    peak = watch_schedules(swap)
     waves, errors = [], []
-    for wave in job["waves"]:
+    for i, wave in enumerate(job["waves"]):
+        if i == len(job["waves"]) - 1:
+            # after the last wave's requests were taken
+            swap += job.get("swap", [])
         if job.get("forget"):
             # as another API server would, which counts ids from the start
             vars(llm.llm_engine.input_processor).pop(DIRECTORY, None)

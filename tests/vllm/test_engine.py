@@ -1,5 +1,6 @@
 """vLLM's real engine with the plugin against the two-phase loop, token for token, on a CPU."""
 
+import copy
 import shutil
 
 import pytest
@@ -143,22 +144,33 @@ def test_bad_adapters_are_refused_before_they_reach_the_engine(tmp_path):
     assert "safetensors" in found["errors"][1]
 
 
-def test_an_adapter_of_other_shapes_is_refused_with_its_faults(tmp_path):
+def test_an_adapter_that_does_not_fit_is_refused_with_its_faults_and_the_engine_goes_on(tmp_path):
     world = make_world("llama")
     make_preft(make_base("llama"), "lora").save_pretrained(tmp_path / "small")
-    waves = [[world.request(some_ids(9, 1), "wide") | {"adapter": ["small", 9, str(tmp_path / "small")]}]]
+    good, other = world.request(some_ids(9, 1), "wide"), world.request(some_ids(9, 2), "few")
+    small = good | {"adapter": ["small", 9, str(tmp_path / "small")]}
+    high = make_preft(copy.deepcopy(world.crowd.base), "lora", r=24)
+    high.save_pretrained(tmp_path / "high")
+    # the id of what could not be loaded is free
+    other["adapter"][1] = 9
+    waves = [[good], [good, small], [good | {"adapter": ["high", 10, str(tmp_path / "high")]}], [good, other]]
     found = run(world, waves, errors=True)
-    assert found["waves"] == [None]
+    assert found["waves"][1] is found["waves"][2] is None
+    assert "features and the model has" in found["errors"][0]
+    assert "r is 24, above max_lora_rank=16" in found["errors"][1]
+    check(world, [waves[0], waves[3]], {"waves": [found["waves"][0], found["waves"][3]]})
 
 
 def test_a_worker_refuses_content_that_changed_after_a_request_was_taken(tmp_path):
     world = make_world("llama")
     place = shutil.copytree(world.crowd.paths["wide"], tmp_path / "wide")
     request = world.request(some_ids(9, 1), "wide") | {"adapter": ["wide", 9, str(place)]}
-    check(world, [[request]], run(world, [[request]]))
     swap = [str(place), str(world.crowd.paths["few"])]
-    found = run(world, [[request]], errors=True, job={"swap": swap})
-    assert found["waves"] == [None]
+    # one adapter is kept, so the first has to be read again
+    waves = [[request], [world.request(some_ids(9, 2), "edit")], [request]]
+    found = run(world, waves, errors=True, job={"swap": swap}, max_loras=1, max_cpu_loras=1)
+    check(world, waves[:2], {"waves": found["waves"][:2]})
+    assert found["waves"][2] is None
     assert "has changed: its fingerprint is" in found["errors"][0]
 
 

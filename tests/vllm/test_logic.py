@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preft_core.tokens import prefill_span
-from preft_vllm import steps
+from preft_vllm import front, steps
 from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
 from preft_vllm.stamp import Directory, Stamp, stamp_of
 
@@ -210,15 +210,15 @@ def test_what_cannot_be_served_is_refused_where_requests_come_in(saved, tmp_path
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFT"}')
     with pytest.raises(ValueError, match="method"):
         Directory().stamped(Request("bad", 1, tmp_path))
-    processor = SimpleNamespace(**{steps.DIRECTORY: Directory()})
-    processed = steps.process_inputs(lambda self, *given, **named: given[5])
+    processor = SimpleNamespace(**{front.DIRECTORY: Directory()})
+    processed = front.process_inputs(lambda self, *given, **named: given[5])
     request = Request("one", 1, saved / "one")
     assert stamp_of(processed(processor, "r", [], None, (), None, request)) is not None
     with pytest.raises(ValueError, match="resumable"):
         processed(processor, "r", [], None, (), None, request, resumable=True)
     with pytest.raises(ValueError, match="beam search"):
-        steps.beam_search(lambda *_: None)(None, [], None, [request])
-    assert steps.beam_search(lambda *_: "done")(None, [], None, LORA) == "done"
+        front.beam_search(lambda *_: None)(None, [], None, [request])
+    assert front.beam_search(lambda *_: "done")(None, [], None, LORA) == "done"
 
 
 def test_an_adapter_of_another_base_model_is_refused(tmp_path):
@@ -246,12 +246,12 @@ def test_an_adapter_is_loaded_ahead_aside_of_the_event_loop(tmp_path, monkeypatc
 
     monkeypatch.setattr(Directory, "stamped", noting)
     request = Request("one", 1, tmp_path / "one")
-    found = asyncio.run(steps.add_lora(load)(engine, request))
+    found = asyncio.run(front.add_lora(load)(engine, request))
     assert stamp_of(found) is not None
-    assert stamp_of(steps.add_lora(lambda self, request: request)(engine, request)) == stamp_of(found)
+    assert stamp_of(front.add_lora(lambda self, request: request)(engine, request)) == stamp_of(found)
     assert threads[0] is not threading.main_thread()
     assert threads[1] is threading.main_thread()
     other = Request("other", 1, tmp_path / "one")
     make_preft(make_base(), seed=5).save_pretrained(tmp_path / "one")
     with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
-        asyncio.run(steps.add_lora(load)(engine, other))
+        asyncio.run(front.add_lora(load)(engine, other))
