@@ -33,7 +33,7 @@ if u.find_spec("torch"):
         found["gpu"] = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory >> 30} GiB"
 print(json.dumps(found))
 """
-_TESTED = {"transformers": "5.23", "peft": "0.21"}
+_TESTED = {"transformers": "5.19", "peft": "0.21"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def examine(python: str) -> list[Finding]:
 def _preft(found: dict) -> Finding:
     if found["preft-hf"]:
         return Finding("preft-hf", found["preft-hf"], "ok")
-    return Finding("preft-hf", "not installed", "missing", "pip install preft-hf; beside vLLM or TGI with --no-deps")
+    return Finding("preft-hf", "not installed", "missing", "pip install preft-hf; beside TGI with --no-deps")
 
 
 def _torch(found: dict) -> Finding:
@@ -127,7 +127,7 @@ def _vllm(found: dict, python: str) -> Finding:
     if not found["vllm"]:
         return Finding("vLLM", "not installed", "missing", "to serve with it: docs/vllm.md")
     if "preft_vllm" not in found["modules"] or not found["plugin"]:
-        todo = "pip install --no-deps preft-hf in this environment: vLLM finds the plugin by its entry point"
+        todo = "pip install preft-hf in this environment: vLLM finds the plugin by its entry point"
         return Finding("vLLM", found["vllm"], "fault", todo)
     return _checked("vLLM", found["vllm"], [python, "-m", "preft_vllm", "check"], "vLLM 0.32.0")
 

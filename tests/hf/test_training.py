@@ -119,7 +119,12 @@ def test_gradients_are_those_of_the_two_phases(architecture, method):
 
 
 def checkpointed(model, use_reentrant: bool) -> None:
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    options = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        # its name before transformers 5.23
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.enable_input_require_grads()
 
 
