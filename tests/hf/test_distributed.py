@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 from preft_core.adapter import load_adapter
 from preft_hf.register import check_gathered
 
+from ..ports import free_port
 from .zoo import make_base, make_preft
 
 ROOT = Path(__file__).parents[2]
@@ -52,10 +52,7 @@ def alone(tmp_path_factory):
 def test_two_processes_train_what_one_does(mode, alone, tmp_path):
     # DeepSpeed fills its settings in once a process
     for methods in [[method] for method in METHODS] if mode.startswith("zero") else [METHODS]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
         run(alone / "base", tmp_path, mode, methods, *launcher)
     for method in METHODS:
         expected, found = (json.loads((path / method / "facts.json").read_text()) for path in (alone, tmp_path))

@@ -17,6 +17,7 @@ import pytest
 
 from ..conftest import TGI_PYTHON
 from ..hub.server import Hub
+from ..ports import free_port
 from .world import SOURCES, make_world, some_ids
 
 pytestmark = pytest.mark.tgi
@@ -30,9 +31,7 @@ class Service:
         launcher = self.root / "text-generation-launcher"
         launcher.write_text(f'#!/bin/sh\nexec {TGI_PYTHON} {Path(__file__).with_name("router.py")} "$@"\n')
         launcher.chmod(0o755)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = port or free.getsockname()[1]
+        self.port = port or free_port()
         adapters = ",".join(f"{name}={path}" for name, path in world.crowd.paths.items())
         environment = dict(
             os.environ,

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import tempfile
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ..conftest import TGI_PYTHON
 from ..hf.crowd import BASE, Crowd, crowd
 from ..hf.oracle import two_phase_greedy
 from ..hf.zoo import VOCABULARY
+from ..ports import free_port
 
 # TGI's paged decode has no sliding window on a CPU
 OVERRIDES: dict[str, dict[str, object]] = {
@@ -126,12 +126,9 @@ def serving(
     """Runs a patched server that knows the world's adapters."""
     sockets = tempfile.mkdtemp(prefix="preft-s-")
     adapters = ",".join(f"{name}={path}" for name, path in world.crowd.paths.items())
-    with socket.socket() as free:
-        # tests of several shards may run side by side
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"ATTENTION": attention, "PREFIX_CACHING": "0", "PREFT_ADAPTERS": adapters, "MASTER_PORT": port}
-    environment |= variables
+    # tests of several shards may run side by side
+    environment = {"ATTENTION": attention, "PREFIX_CACHING": "0", "PREFT_ADAPTERS": adapters}
+    environment |= {"MASTER_PORT": str(free_port())} | variables
     setting = {
         "model": str(world.model),
         "sockets": sockets,

@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import os
-import socket
 import subprocess
 import tempfile
 import time
@@ -23,6 +22,7 @@ from ..conftest import VLLM_PYTHON
 from ..hf.crowd import Crowd, crowd
 from ..hf.oracle import adapted_copy
 from ..hf.zoo import VOCABULARY, make_preft
+from ..ports import free_port
 from ..tgi.world import World as Served
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -116,9 +116,7 @@ def check(world: World, waves: list[list[dict]], found: dict) -> None:
 @contextmanager
 def server(world: World, *arguments: str, **variables: str) -> Iterator[httpx.Client]:
     """Starts vLLM's OpenAI server, engine in a process of its own, and yields a client of it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = {
         "model": world.model,
         "tokenizer": tokenizer_of(world),
