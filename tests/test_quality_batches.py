@@ -1,10 +1,13 @@
-"""The study's batches: rows of like length go together, and the gradient is that of one padded batch."""
+"""The study's batches: rows of like length go together, with the gradient of one batch. What its page recommends."""
 
 import copy
+import json
 
 import torch
 from benchmarks.quality import sft
 from benchmarks.quality.methods import adapted
+from benchmarks.quality.report import PAGE
+from benchmarks.quality.store import RESULTS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,3 +59,11 @@ def test_rows_are_evaluated_in_any_company_and_told_in_order():
     found = sft.evaluate(model, rows, 0)
     alone = [sft.evaluate(model, [one], 0)["loss"] for one in rows]
     torch.testing.assert_close(found["row_losses"], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rates_that_the_page_recommends_are_those_that_the_search_found():
+    runs = json.loads((RESULTS / "cpu.json").read_text())["runs"].values()
+    found = {run["rank"]: run["lr"] for run in runs if run.get("method") == "lora-p" and run["task"] == "cities"}
+    mantissas = {0.01: "1e-2", 0.003: "3e-3", 0.001: "1e-3"}
+    said = ", ".join(f"{mantissas[found[rank]]} for r={rank}" for rank in (1, 16, 64))
+    assert f"| a learning rate | {said}, as for LoRA;" in PAGE.read_text()

@@ -28,6 +28,9 @@ def main() -> None:
         data = json.loads(file.read_text())
         for task in sorted({run["task"] for run in data["runs"].values() if "seed" in run}):
             runs = [run for run in data["runs"].values() if run.get("task") == task and "seed" in run]
+            if {run["method"] for run in runs} != set(METHODS):
+                # a task that the study has only begun compares nothing
+                continue
             base = data["runs"][f"part=base task={task}"]
             page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, where(data)))
             page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base))
@@ -149,7 +152,7 @@ def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
         axes.grid(alpha=0.3)
     by_rank.set_xscale("log", base=4)
     by_distance.set_xscale("log", base=2)
-    curves.set_ylim(0, 3)
+    curves.set_ylim(0, base["loss"] if base["loss"] < 4 else 3)
     by_rank.legend()
     figure.suptitle(title)
     file.parent.mkdir(exist_ok=True)
