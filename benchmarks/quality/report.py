@@ -152,7 +152,7 @@ def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
         axes.grid(alpha=0.3)
     by_rank.set_xscale("log", base=4)
     by_distance.set_xscale("log", base=2)
-    curves.set_ylim(0, base["loss"] if base["loss"] < 4 else 3)
+    curves.set_yscale("log")
     by_rank.legend()
     figure.suptitle(title)
     file.parent.mkdir(exist_ok=True)
