@@ -76,38 +76,21 @@ def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         return None if stamp_of(stamped) is None or directory.is_loaded(stamped) else stamped
 
     @functools.wraps(original)
-    async def added_aside(
-        self: Any,
-        request_id: Any,
-        prompt: Any,
-        params: Any,
-        arrival_time: Any = None,
-        lora_request: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    async def added_aside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lora_request = _fifth(args, kwargs)
         new = None if lora_request is None else await asyncio.to_thread(unloaded, self, lora_request)
         if new is not None:
             with _loading(self, new):
                 await self.engine_core.add_lora_async(new)
-        return await original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
+        return await original(self, *args, **kwargs)
 
     @functools.wraps(original)
-    def added(
-        self: Any,
-        request_id: Any,
-        prompt: Any,
-        params: Any,
-        arrival_time: Any = None,
-        lora_request: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        new = unloaded(self, lora_request)
+    def added(self: Any, *args: Any, **kwargs: Any) -> Any:
+        new = unloaded(self, _fifth(args, kwargs))
         if new is not None:
             with _loading(self, new):
                 self.engine_core.add_lora(new)
-        return original(self, request_id, prompt, params, arrival_time, lora_request, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     return added_aside if inspect.iscoroutinefunction(original) else added
 
@@ -137,6 +120,11 @@ def directory_of(input_processor: Any) -> Directory:
         found = Directory(base_models(input_processor.vllm_config.model_config.model))
         setattr(input_processor, DIRECTORY, found)
     return found
+
+
+def _fifth(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns the lora_request among the arguments of `add_request`, where it is the fifth."""
+    return args[4] if len(args) > 4 else kwargs.get("lora_request")
 
 
 @contextmanager

@@ -107,7 +107,7 @@ class Directory:
     def forget(self, stamped: Any) -> None:
         """Frees an id whose adapter the engine could not load. One that was loaded before stays."""
         with self._lock:
-            if stamped is not None and not self.is_loaded(stamped):
+            if not self.is_loaded(stamped):
                 self._ids.pop(stamped.lora_int_id, None)
 
     def _keep(self, number: int, path: str, known: bool) -> None:

@@ -255,3 +255,38 @@ def test_an_adapter_is_loaded_ahead_aside_of_the_event_loop(tmp_path, monkeypatc
     make_preft(make_base(), seed=5).save_pretrained(tmp_path / "one")
     with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
         asyncio.run(front.add_lora(load)(engine, other))
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_an_adapter_is_loaded_when_first_named_and_a_failure_frees_its_id(aside, tmp_path):
+    for name in ("one", "two"):
+        make_preft(make_base(), seed=len(name) + ord(name[0])).save_pretrained(tmp_path / name)
+    processor = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(model="base")))
+    loads, fails = [], [True]
+
+    def load(request):
+        loads.append(request.lora_path)
+        if fails:
+            raise RuntimeError(fails.pop())
+
+    async def load_aside(request):
+        load(request)
+
+    async def take_aside(self, *given, **named):
+        return "taken"
+
+    core = SimpleNamespace(add_lora=load, add_lora_async=load_aside)
+    engine = SimpleNamespace(input_processor=processor, engine_core=core)
+    added = front.add_request(take_aside if aside else lambda self, *given, **named: "taken")
+
+    def ask(*given, **named):
+        found = added(engine, "id", "prompt", "params", *given, **named)
+        return asyncio.run(found) if aside else found
+
+    with pytest.raises(RuntimeError):
+        ask(lora_request=Request("one", 1, tmp_path / "one"))
+    two = Request("two", 1, tmp_path / "two")
+    assert [ask(lora_request=two), ask(None, two), ask(), ask(lora_request=LORA)] == ["taken"] * 4
+    assert len(loads) == 2
+    with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
+        ask(lora_request=Request("one", 1, tmp_path / "one"))
