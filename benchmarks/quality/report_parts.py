@@ -51,18 +51,23 @@ def turns_table(runs: Runs) -> list[str]:
 
 
 def rl_table(runs: Runs) -> list[str]:
-    """Returns rewards at the beginning and at the end, and greedy scores on held-out rows."""
+    """Returns rewards at the beginning and at the end, those against LoRA's seed by seed, and greedy scores."""
     warm = [run for key, run in runs.items() if key.startswith("part=warm-start")]
-    rows = [["", "seeds", "reward, first 5 steps", "reward, last 10 steps", "held-out fields right, greedy"]]
+    trained = [run for key, run in runs.items() if key.startswith("part=rl")]
+    reference = {run["seed"]: run["last_reward"] for run in trained if run["method"] == "lora"}
+    rows = [["", "seeds", "reward, first 5 steps", "reward, last 10 steps", "against LoRA", "held-out fields right"]]
     rows.append(["---"] * len(rows[0]))
-    rows.append(["warm start", "", "", "", _percent(warm, "field_accuracy")])
+    rows.append(["warm start", "", "", "", "", _percent(warm, "field_accuracy")])
     for method in NAMES:
-        found = [run for key, run in runs.items() if key.startswith("part=rl") and run["method"] == method]
+        found = [run for run in trained if run["method"] == method]
         if found:
-            first = interval([statistics.fmean(run["curve"]["reward"][:5]) for run in found])
-            last = interval([run["last_reward"] for run in found])
+            row = [f"{NAMES[method]}, r={found[0]['rank']}", str(len(found))]
+            row.append(interval([statistics.fmean(run["curve"]["reward"][:5]) for run in found]))
+            row.append(interval([run["last_reward"] for run in found]))
+            pairs = [run["last_reward"] - reference[run["seed"]] for run in found if run["seed"] in reference]
+            row.append("" if method == "lora" else interval(pairs, signed=True))
             scores = interval([100 * run["field_accuracy"] for run in found], digits=1)
-            rows.append([f"{NAMES[method]}, r={found[0]['rank']}", str(len(found)), first, last, f"{scores} %"])
+            rows.append([*row, f"{scores} %"])
     return _lines(rows)
 
 
