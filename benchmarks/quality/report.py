@@ -53,26 +53,31 @@ def where(data: dict[str, Any]) -> str:
 
 
 def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
-    """Returns loss by method and rank: mean over seeds, half of the 95 % interval, difference to LoRA seed by seed."""
+    """Returns loss by method and rank: mean over seeds, half of the 95 % interval, difference to LoRA seed by seed.
+
+    The loss with early stopping stands beside it for runs that looked at their validation rows.
+    """
     scored = "field_accuracy" in base
+    stopped = [run | run["early_stopped"] for run in runs if run.get("early_stopped")]
     head = ["method", "r", "learning rate", "seeds", "held-out loss", "against LoRA of this r", "against LoRA, r=1"]
-    rows = [[*head, "fields right"] if scored else head]
-    rows.append(["---"] * len(rows[0]))
-    reference = {run["seed"]: run["loss"] for run in _of(runs, "lora", 1)}
+    head += ["fields right"] if scored else []
+    head += ["stopped early, at step", "its held-out loss", "against LoRA of this r"] if stopped else []
+    rows = [head, ["---"] * len(head)]
     for method in METHODS:
         for rank in sorted({run["rank"] for run in runs}):
             found = _of(runs, method, rank)
             if not found:
                 continue
-            same_rank = {run["seed"]: run["loss"] for run in _of(runs, "lora", rank)}
             rates = sorted({run["lr"] for run in found})
             row = [NAMES[method], str(rank), ", ".join(f"{rate:g}" for rate in rates), str(len(found))]
-            row.append(interval([run["loss"] for run in found]))
-            for other in (same_rank, reference):
-                pairs = [run["loss"] - other[run["seed"]] for run in found if run["seed"] in other]
-                row.append("" if method == "lora" and other is same_rank else interval(pairs, signed=True))
+            row += [interval([run["loss"] for run in found]), _against(found, _of(runs, "lora", rank))]
+            row.append(_against(found, _of(runs, "lora", 1)))
             if scored:
                 row.append(f"{100 * statistics.fmean(run['field_accuracy'] for run in found):.0f} %")
+            if stopped:
+                early = _of(stopped, method, rank)
+                row.append(", ".join(str(run["step"]) for run in early))
+                row += [interval([run["loss"] for run in early]), _against(early, _of(stopped, "lora", rank))]
             rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     test = f"{base['num_test_rows']} held-out rows; loss of the base model {base['loss']:.3f}"
@@ -161,6 +166,13 @@ def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
 
 def _of(runs: Runs, method: str, rank: int) -> Runs:
     return [run for run in runs if run["method"] == method and run["rank"] == rank]
+
+
+def _against(runs: Runs, others: Runs) -> str:
+    """Returns the difference in loss to other runs, seed by seed; nothing for the same runs."""
+    reference = {run["seed"]: run["loss"] for run in others}
+    pairs = [run["loss"] - reference[run["seed"]] for run in runs if run["seed"] in reference]
+    return "" if runs == others else interval(pairs, signed=True)
 
 
 def _gain(run: dict[str, Any], base: dict[str, Any], first: str) -> float:

@@ -21,6 +21,8 @@ from preft_hf.demo.cities import field_accuracy
 NUM_SCORED = 96
 # Successive halving: after so many steps, so many of the rates go on.
 SEARCH = ((24, 4), (64, 2))
+# steps between two looks at the validation rows in a full run
+EVERY = 25
 
 
 @dataclass
@@ -44,6 +46,46 @@ class Bench:
         """Returns a copy of the base with a new adapter: PEFT changes the model that it is given."""
         gc.collect()
         return adapted(copy.deepcopy(self.base), method, rank, seed)
+
+
+class EarlyStopping:
+    """Remembers the adapter with the lowest validation loss, which a full run passes while it goes on.
+
+    Attributes:
+        losses: on the validation rows, every EVERY steps
+    """
+
+    def __init__(self, model: Any, bench: Bench):
+        self.losses: list[float] = []
+        self._model, self._bench = model, bench
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._kept: list[torch.Tensor] = []
+        self._num_steps = 0
+
+    def __call__(self, loss: float) -> None:
+        self._num_steps += 1
+        if self._num_steps % EVERY:
+            return
+        found = evaluate(self._model, self._bench.validation, self._bench.pad)["loss"]
+        found = found if math.isfinite(found) else math.inf
+        self._model.train()
+        if found < min(self.losses, default=math.inf):
+            self._kept = [parameter.detach().clone() for parameter in self._trained]
+        self.losses.append(found)
+
+    @torch.no_grad()
+    def result(self) -> Result | None:
+        """Returns the step of the lowest validation loss and the test loss there. The model has those weights then.
+
+        None if no look found a finite loss.
+        """
+        if not self._kept:
+            return None
+        for parameter, kept in zip(self._trained, self._kept, strict=True):
+            parameter.copy_(kept)
+        step = EVERY * (1 + self.losses.index(min(self.losses)))
+        found = evaluate(self._model, self._bench.test, self._bench.pad)
+        return {"step": step, "loss": found["loss"], "by_distance": found["by_distance"]}
 
 
 def base_result(bench: Bench, store: Store) -> Result:
@@ -78,7 +120,7 @@ def chosen_rate(bench: Bench, store: Store, method: str, rank: int, report: Call
 def full_run(
     bench: Bench, store: Store, method: str, rank: int, rate: float, seed: int, report: Callable[[str], None]
 ) -> Result:
-    """Returns a full run's result: the curve, the test loss by distance, the task's score."""
+    """Returns a full run's result: the curves, the test loss by distance, the same at the best step, the score."""
     num_steps = bench.task.num_steps
     facts = {"task": bench.task.name, "method": method, "rank": rank, "lr": rate, "steps": num_steps, "seed": seed}
     key = store.key(part="sft", **facts)
@@ -87,10 +129,12 @@ def full_run(
         return found
     report(key)
     model = bench.fresh(method, rank, seed)
-    losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed)
+    stopping = EarlyStopping(model, bench)
+    losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed, tick=stopping)
     curve = [statistics.fmean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
     result = facts | {"train_curve": curve, "seconds": seconds} | evaluate(model, bench.test, bench.pad)
-    return store.put(key, result | score(bench, model))
+    result |= score(bench, model) | {"validation_curve": stopping.losses, "early_stopped": stopping.result()}
+    return store.put(key, result)
 
 
 def plan(tasks: Sequence[str], methods: Sequence[str], ranks: Sequence[int], seeds: int) -> Iterator[tuple[Any, ...]]:

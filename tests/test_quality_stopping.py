@@ -1,0 +1,84 @@
+"""Early stopping in the study: the adapter that is judged is the one with the lowest validation loss on the way."""
+
+import copy
+import math
+
+import pytest
+import torch
+from benchmarks.quality import report, study
+from benchmarks.quality.methods import METHODS, adapted
+from benchmarks.quality.sft import evaluate, train
+
+from .hf.zoo import make_base
+from .test_quality_batches import row
+
+
+class Bench:
+    pad = 0
+    train = [row(length) for length in (5, 6, 7, 9)]
+    validation = train[:2]
+    test = [row(8), row(12)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_best_adapter_on_the_way_is_judged(method, monkeypatch):
+    """Against a copy of every step. The run learns the rows at first and then unlearns them."""
+    monkeypatch.setattr(study, "EVERY", 3)
+    model = adapted(make_base("llama"), method, 4, 0)
+    unwatched = copy.deepcopy(model)
+    stopping, passed = study.EarlyStopping(model, Bench()), []  # type: ignore[arg-type]
+
+    def tick(loss):
+        stopping(loss)
+        passed.append(copy.deepcopy(model))
+
+    def run(trained, tick):
+        # one row a step, so that each call of the loss is a step
+        steps = iter(range(31))
+        return train(
+            trained,
+            Bench.train,
+            0,
+            31,
+            3e-2,
+            0,
+            tick,
+            batch_size=1,
+            loss_of=lambda model, batch: model(**batch).loss * (1 if next(steps) < 14 else -1),
+        )[0]
+
+    assert run(model, tick) == run(unwatched, lambda loss: None)
+    looked_at = {step: evaluate(passed[step - 1], Bench.validation, 0)["loss"] for step in range(3, 31, 3)}
+    assert stopping.losses == pytest.approx(list(looked_at.values()))
+    step = min(looked_at, key=looked_at.__getitem__)
+    assert 3 < step < 30, "the case has its best step at an end"
+    result, expected = stopping.result(), evaluate(passed[step - 1], Bench.test, 0)
+    assert result == {"step": step, "loss": expected["loss"], "by_distance": expected["by_distance"]}
+    assert expected["loss"] != evaluate(passed[-1], Bench.test, 0)["loss"]
+
+
+def test_a_run_that_finds_no_finite_loss_has_no_best_adapter(monkeypatch):
+    monkeypatch.setattr(study, "EVERY", 1)
+    model = adapted(make_base("llama"), "lora", 4, 0)
+    stopping = study.EarlyStopping(model, Bench())  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    stopping(math.nan)
+    assert stopping.losses == [math.inf]
+    assert stopping.result() is None
+
+
+def test_the_table_tells_both_losses():
+    base = {"num_test_rows": 9, "loss": 5.0}
+    runs = []
+    for method, loss, early in (("lora", 3.0, 2.0), ("lora-p", 2.5, 2.25)):
+        for seed in range(3):
+            stopped = {"step": 25 * seed, "loss": early} if seed else None
+            runs.append({"method": method, "rank": 4, "lr": 0.1, "seed": seed, "loss": loss, "early_stopped": stopped})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.rank_table(runs, base, "")[2:]]
+    assert rows[0][-3:] == ["stopped early, at step", "its held-out loss", "against LoRA of this r"]
+    assert rows[2][3:] == ["3", "3.000 ± 0.000", "", "", "25, 50", "2.000 ± 0.000", ""]
+    assert rows[3][3:] == ["3", "2.500 ± 0.000", "-0.500 ± 0.000", "", "25, 50", "2.250 ± 0.000", "+0.250 ± 0.000"]
+    plain = [run | {"early_stopped": None} for run in runs]
+    assert "stopped early" not in report.rank_table(plain, base, "")[2]
