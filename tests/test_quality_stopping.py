@@ -82,3 +82,11 @@ def test_the_table_tells_both_losses():
     assert rows[3][3:] == ["3", "2.500 ± 0.000", "-0.500 ± 0.000", "", "25, 50", "2.250 ± 0.000", "+0.250 ± 0.000"]
     plain = [run | {"early_stopped": None} for run in runs]
     assert "stopped early" not in report.rank_table(plain, base, "")[2]
+
+
+def test_the_gain_by_distance_of_both():
+    base = {"by_distance": {"1": [100.0, 50], "2": [9.0, 3]}}
+    run = {"method": "lora", "rank": 4, "by_distance": {"1": [50.0, 50], "2": [9.0, 3]}}
+    other = run | {"early_stopped": {"step": 25, "loss": 0.0, "by_distance": {"1": [25.0, 50], "2": [9.0, 3]}}}
+    lines = report.distance_table([run, other], base)
+    assert lines[2:] == ["| all-token LoRA | 4 | 1.00 |", "| all-token LoRA, stopped early | 4 | 1.50 |"]

@@ -58,7 +58,7 @@ def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     The loss with early stopping stands beside it for runs that looked at their validation rows.
     """
     scored = "field_accuracy" in base
-    stopped = [run | run["early_stopped"] for run in runs if run.get("early_stopped")]
+    stopped = _stopped_early(runs)
     head = ["method", "r", "learning rate", "seeds", "held-out loss", "against LoRA of this r", "against LoRA, r=1"]
     head += ["fields right"] if scored else []
     head += ["stopped early, at step", "its held-out loss", "against LoRA of this r"] if stopped else []
@@ -92,12 +92,14 @@ def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:
     ends = [str(int(first) * 2 - 1) for first in firsts]
     spans = [first if first == end else f"{first}-{end}" for first, end in zip(firsts, ends, strict=True)]
     lines = [f"| method | r | {' | '.join(spans)} |", "|" + " --- |" * (2 + len(spans))]
-    for method in METHODS:
-        for rank in sorted({run["rank"] for run in runs}):
-            found = _of(runs, method, rank)
-            if found:
-                gains = [statistics.fmean(_gain(run, base, first) for run in found) for first in firsts]
-                lines.append(f"| {NAMES[method]} | {rank} | {' | '.join(f'{gain:.2f}' for gain in gains)} |")
+    for shown, note in ((runs, ""), (_stopped_early(runs), ", stopped early")):
+        for method in METHODS:
+            for rank in sorted({run["rank"] for run in shown}):
+                found = _of(shown, method, rank)
+                if found:
+                    gains = [statistics.fmean(_gain(run, base, first) for run in found) for first in firsts]
+                    cells = " | ".join(f"{gain:.2f}" for gain in gains)
+                    lines.append(f"| {NAMES[method]}{note} | {rank} | {cells} |")
     return lines
 
 
@@ -166,6 +168,11 @@ def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
 
 def _of(runs: Runs, method: str, rank: int) -> Runs:
     return [run for run in runs if run["method"] == method and run["rank"] == rank]
+
+
+def _stopped_early(runs: Runs) -> Runs:
+    """Returns the runs that looked at their validation rows, with the figures of their best step."""
+    return [run | run["early_stopped"] for run in runs if run.get("early_stopped")]
 
 
 def _against(runs: Runs, others: Runs) -> str:
