@@ -127,6 +127,7 @@ def replaced(page: str, name: str, lines: Sequence[str]) -> str:
 
 def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
     """Draws loss by rank, gain by distance and training curves."""
+    dashed = "; dashed: stopped early" if _stopped_early(runs) else ""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_rank, by_distance, curves = figure.subplots(1, 3)
     ranks = sorted({run["rank"] for run in runs})
@@ -138,12 +139,11 @@ def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
         for run in (run for run in runs if run["method"] == method):
             by_rank.plot(run["rank"], run["loss"], ".", color=COLOURS[method], alpha=0.4)
         found = _of(runs, method, 16) or [run for run in runs if run["method"] == method]
-        by_distance.plot(
-            [int(first) for first in firsts],
-            [_mean(found, lambda run, first=first: _gain(run, base, first)) for first in firsts],
-            "o-",
-            **style,
-        )
+        early = _of(_stopped_early(runs), method, 16)
+        for those, line in ((found, {"marker": "o", **style}), (early, {"linestyle": "--", "color": COLOURS[method]})):
+            if those:
+                gains = [_mean(those, lambda run, first=first: _gain(run, base, first)) for first in firsts]
+                by_distance.plot([int(first) for first in firsts], gains, **line)
         steps = range(len(found[0]["train_curve"]))
         curves.plot(
             [10 * step for step in steps],
@@ -152,12 +152,13 @@ def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
         )
     for axes, x, y in (
         (by_rank, "rank", "held-out loss, nats a token"),
-        (by_distance, "distance from the prompt, tokens (r=16)", "gain over base, nats a token"),
+        (by_distance, f"distance from the prompt, tokens (r=16{dashed})", "gain over base, nats a token"),
         (curves, "step (r=16)", "training loss"),
     ):
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
     by_rank.set_xscale("log", base=4)
+    by_rank.set_xticks(ranks, labels=[str(rank) for rank in ranks])
     by_distance.set_xscale("log", base=2)
     curves.set_yscale("log")
     by_rank.legend()
