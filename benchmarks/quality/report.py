@@ -3,13 +3,14 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.quality.intervals import interval
+from benchmarks.quality.intervals import difference, interval
 from benchmarks.quality.methods import COLOURS, METHODS, NAMES
 from benchmarks.quality.report_parts import PARTS
 from benchmarks.quality.store import RESULTS
@@ -63,22 +64,18 @@ def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     head += ["fields right"] if scored else []
     head += ["stopped early, at step", "its held-out loss", "against LoRA of this r"] if stopped else []
     rows = [head, ["---"] * len(head)]
-    for method in METHODS:
-        for rank in sorted({run["rank"] for run in runs}):
-            found = _of(runs, method, rank)
-            if not found:
-                continue
-            rates = sorted({run["lr"] for run in found})
-            row = [NAMES[method], str(rank), ", ".join(f"{rate:g}" for rate in rates), str(len(found))]
-            row += [interval([run["loss"] for run in found]), _against(found, _of(runs, "lora", rank))]
-            row.append(_against(found, _of(runs, "lora", 1)))
-            if scored:
-                row.append(f"{100 * statistics.fmean(run['field_accuracy'] for run in found):.0f} %")
-            if stopped:
-                early = _of(stopped, method, rank)
-                row.append(", ".join(str(run["step"]) for run in early))
-                row += [interval([run["loss"] for run in early]), _against(early, _of(stopped, "lora", rank))]
-            rows.append(row)
+    for method, rank, found in _groups(runs):
+        rates = sorted({run["lr"] for run in found})
+        row = [NAMES[method], str(rank), ", ".join(f"{rate:g}" for rate in rates), str(len(found))]
+        row += [interval([run["loss"] for run in found]), difference(found, _of(runs, "lora", rank))]
+        row.append(difference(found, _of(runs, "lora", 1)))
+        if scored:
+            row.append(f"{100 * statistics.fmean(run['field_accuracy'] for run in found):.0f} %")
+        if stopped:
+            early = _of(stopped, method, rank)
+            row.append(", ".join(str(run["step"]) for run in early))
+            row += [interval([run["loss"] for run in early]), difference(early, _of(stopped, "lora", rank))]
+        rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     test = f"{base['num_test_rows']} held-out rows; loss of the base model {base['loss']:.3f}"
     floor = noise_floor(runs)
@@ -93,19 +90,15 @@ def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:
     spans = [first if first == end else f"{first}-{end}" for first, end in zip(firsts, ends, strict=True)]
     lines = [f"| method | r | {' | '.join(spans)} |", "|" + " --- |" * (2 + len(spans))]
     for shown, note in ((runs, ""), (_stopped_early(runs), ", stopped early")):
-        for method in METHODS:
-            for rank in sorted({run["rank"] for run in shown}):
-                found = _of(shown, method, rank)
-                if found:
-                    gains = [statistics.fmean(_gain(run, base, first) for run in found) for first in firsts]
-                    cells = " | ".join(f"{gain:.2f}" for gain in gains)
-                    lines.append(f"| {NAMES[method]}{note} | {rank} | {cells} |")
+        for method, rank, found in _groups(shown):
+            gains = [statistics.fmean(_gain(run, base, first) for run in found) for first in firsts]
+            lines.append(f"| {NAMES[method]}{note} | {rank} | {' | '.join(f'{gain:.2f}' for gain in gains)} |")
     return lines
 
 
 def noise_floor(runs: Runs) -> float | None:
     """Returns the standard deviation over seeds of a run's loss, pooled over methods and ranks; None with one seed."""
-    groups = [[run["loss"] for run in _of(runs, m, r)] for m in METHODS for r in {run["rank"] for run in runs}]
+    groups = [[run["loss"] for run in found] for _, _, found in _groups(runs)]
     variances = [(statistics.variance(group), len(group) - 1) for group in groups if len(group) > 1]
     if not variances:
         return None
@@ -171,16 +164,17 @@ def _of(runs: Runs, method: str, rank: int) -> Runs:
     return [run for run in runs if run["method"] == method and run["rank"] == rank]
 
 
+def _groups(runs: Runs) -> Iterator[tuple[str, int, Runs]]:
+    """Yields (method, rank, its runs) in the order of the tables, without groups that have no run."""
+    for method, rank in product(METHODS, sorted({run["rank"] for run in runs})):
+        found = _of(runs, method, rank)
+        if found:
+            yield method, rank, found
+
+
 def _stopped_early(runs: Runs) -> Runs:
     """Returns the runs that looked at their validation rows, with the figures of their best step."""
     return [run | run["early_stopped"] for run in runs if run.get("early_stopped")]
-
-
-def _against(runs: Runs, others: Runs) -> str:
-    """Returns the difference in loss to other runs, seed by seed; nothing for the same runs."""
-    reference = {run["seed"]: run["loss"] for run in others}
-    pairs = [run["loss"] - reference[run["seed"]] for run in runs if run["seed"] in reference]
-    return "" if runs == others else interval(pairs, signed=True)
 
 
 def _gain(run: dict[str, Any], base: dict[str, Any], first: str) -> float:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.distill import CONVERSION, STUDENTS
 from benchmarks.quality.helps import VARIANTS
-from benchmarks.quality.intervals import interval
+from benchmarks.quality.intervals import difference, interval
 from benchmarks.quality.methods import COLOURS, NAMES
 from benchmarks.quality.turns import CACHED, FRESH, WAYS
 
@@ -54,7 +54,7 @@ def rl_table(runs: Runs) -> list[str]:
     """Returns rewards at the beginning and at the end, those against LoRA's seed by seed, and greedy scores."""
     warm = [run for key, run in runs.items() if key.startswith("part=warm-start")]
     trained = [run for key, run in runs.items() if key.startswith("part=rl")]
-    reference = {run["seed"]: run["last_reward"] for run in trained if run["method"] == "lora"}
+    reference = [run for run in trained if run["method"] == "lora"]
     rows = [["", "seeds", "reward, first 5 steps", "reward, last 10 steps", "against LoRA", "held-out fields right"]]
     rows.append(["---"] * len(rows[0]))
     rows.append(["warm start", "", "", "", "", _percent(warm, "field_accuracy")])
@@ -64,8 +64,7 @@ def rl_table(runs: Runs) -> list[str]:
             row = [f"{NAMES[method]}, r={found[0]['rank']}", str(len(found))]
             row.append(interval([statistics.fmean(run["curve"]["reward"][:5]) for run in found]))
             row.append(interval([run["last_reward"] for run in found]))
-            pairs = [run["last_reward"] - reference[run["seed"]] for run in found if run["seed"] in reference]
-            row.append("" if method == "lora" else interval(pairs, signed=True))
+            row.append(difference(found, reference, "last_reward"))
             scores = interval([100 * run["field_accuracy"] for run in found], digits=1)
             rows.append([*row, f"{scores} %"])
     return _lines(rows)
@@ -74,13 +73,11 @@ def rl_table(runs: Runs) -> list[str]:
 def helps_table(runs: Runs) -> list[str]:
     """Returns each variant's loss at its best learning rate, and the difference to the default's, seed by seed."""
     best = {variant: _at_best_rate(runs, variant) for variant in VARIANTS}
-    default = {run["seed"]: run["loss"] for run in best["default"]}
     rows = [["variant", "learning rate", "seeds", "held-out loss", "against the default"], ["---"] * 5]
     for variant, found in best.items():
         if found:
-            pairs = [run["loss"] - default[run["seed"]] for run in found if run["seed"] in default]
-            difference = "" if variant == "default" else interval(pairs, signed=True)
-            rows.append([variant, f"{found[0]['lr']:g}", *_loss_of(found), difference])
+            against = difference(found, best["default"])
+            rows.append([variant, f"{found[0]['lr']:g}", *_loss_of(found), against])
     return _lines(rows)
 
 
