@@ -30,6 +30,7 @@ def test_the_best_adapter_on_the_way_is_judged(method, monkeypatch):
 
     def tick(loss):
         stopping(loss)
+        assert model.training, "a look leaves the model in eval mode"
         passed.append(copy.deepcopy(model))
 
     def run(trained, tick):
