@@ -21,8 +21,8 @@ class Store:
         self._data: dict[str, Any] = {"environment": environment, "earlier": [], "runs": {}}
         if file.exists():
             before = json.loads(file.read_text())
-            known = {one["device"]: one for one in (*before.get("earlier", ()), before["environment"]) if one}
-            self._data["earlier"] = [one for device, one in known.items() if device != environment.get("device")]
+            known = {_machine(one): one for one in (*before.get("earlier", ()), before["environment"]) if one}
+            self._data["earlier"] = [one for machine, one in known.items() if machine != _machine(environment)]
             self._data["runs"] = before["runs"]
 
     @staticmethod
@@ -35,10 +35,16 @@ class Store:
         return self._data["runs"].get(key)
 
     def put(self, key: str, result: Result) -> Result:
-        """Keeps a finished run's result, on disk before it returns."""
+        """Keeps a finished run's result with the dtype that it was made in, on disk before it returns."""
+        result = result | {"dtype": _machine(self._data["environment"])[1]}
         self._data["runs"][key] = result
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         partial.write_text(json.dumps(self._data, indent=1) + "\n")
         partial.replace(self.file)
         return result
+
+
+def _machine(environment: dict[str, str]) -> tuple[str | None, str]:
+    """Returns what the figures may depend on: the device and the base model's dtype, bfloat16 if none was noted."""
+    return environment.get("device"), environment.get("dtype", "bfloat16")
