@@ -52,13 +52,15 @@ def test_a_run_that_is_there_is_not_done_again(tmp_path, monkeypatch):
     key = store.key(part="sft", rank=1)
     assert store.get(key) is None
     store.put(key, {"loss": 1.0})
-    assert Store(tmp_path / "r.json", {}).get(key) == {"loss": 1.0}
+    assert Store(tmp_path / "r.json", {}).get(key) == {"loss": 1.0, "dtype": "bfloat16"}
     assert not list(tmp_path.glob("*.partial"))
-    # runs of one machine, then of another, then of the first again
-    for device, earlier in (("a", []), ("b", ["a"]), ("a", ["b"])):
-        Store(tmp_path / "r.json", {"device": device}).put("key", {"loss": 2.0})
+    # runs of one machine, then of another, then of the first again, then of it in the other dtype
+    a, b, c = {"device": "a"}, {"device": "b"}, {"device": "a", "dtype": "float32"}
+    for environment, earlier in ((a, []), (b, [a]), (a, [b]), (c, [b, a])):
+        found = Store(tmp_path / "r.json", environment).put("key", {"loss": 2.0})
         data = json.loads((tmp_path / "r.json").read_text())
-        assert ([one["device"] for one in data["earlier"]], data["environment"]["device"]) == (earlier, device)
+        assert (data["earlier"], data["environment"]) == (earlier, environment)
+        assert data["runs"]["key"] == found == {"loss": 2.0, "dtype": environment.get("dtype", "bfloat16")}
         assert len(data["runs"]) == 2
 
 

@@ -114,7 +114,8 @@ def test_gradients_are_those_of_the_two_phases(architecture, method):
     for name, leaf in leaves.items():
         assert leaf.grad is not None
         scale = leaf.grad.abs().max()
-        assert (found[name] - leaf.grad).abs().max() <= 1e-6 * scale + 1e-12, name
+        # Llama's norm and rotary angles are float32 in a model of doubles: the CPU decides in the seventh digit
+        assert (found[name] - leaf.grad).abs().max() <= 1e-5 * scale + 1e-12, name
     assert any(leaf.grad.abs().max() > 1e-6 for leaf in leaves.values())
 
 
