@@ -53,9 +53,20 @@ def test_the_best_adapter_on_the_way_is_judged(method, monkeypatch):
     assert stopping.losses == pytest.approx(list(looked_at.values()))
     step = min(looked_at, key=looked_at.__getitem__)
     assert 3 < step < 30, "the case has its best step at an end"
-    result, expected = stopping.result(), evaluate(passed[step - 1], Bench.test, 0)
+    result, expected = stopping.result({}), evaluate(passed[step - 1], Bench.test, 0)
     assert result == {"step": step, "loss": expected["loss"], "by_distance": expected["by_distance"]}
     assert expected["loss"] != evaluate(passed[-1], Bench.test, 0)["loss"]
+
+
+def test_a_run_whose_end_is_its_best_step_is_judged_once(monkeypatch):
+    monkeypatch.setattr(study, "EVERY", 2)
+    model = adapted(make_base("llama"), "lora-p", 4, 0)
+    stopping = study.EarlyStopping(model, Bench())  # type: ignore[arg-type]
+    train(model, Bench.train, 0, 4, 1e-2, 0, stopping)
+    assert stopping.losses[1] < stopping.losses[0]
+    at_end = evaluate(model, Bench.test, 0)
+    monkeypatch.setattr(study, "evaluate", None)
+    assert stopping.result(at_end) == {"step": 4, "loss": at_end["loss"], "by_distance": at_end["by_distance"]}
 
 
 def test_a_run_that_finds_no_finite_loss_has_no_best_adapter(monkeypatch):
@@ -67,7 +78,7 @@ def test_a_run_that_finds_no_finite_loss_has_no_best_adapter(monkeypatch):
             parameter.fill_(math.nan)
     stopping(math.nan)
     assert stopping.losses == [math.inf]
-    assert stopping.result() is None
+    assert stopping.result({}) is None
 
 
 def test_the_table_tells_both_losses():
@@ -83,6 +94,10 @@ def test_the_table_tells_both_losses():
     assert rows[3][3:] == ["3", "2.500 ± 0.000", "-0.500 ± 0.000", "", "25, 50", "2.250 ± 0.000", "+0.250 ± 0.000"]
     plain = [run | {"early_stopped": None} for run in runs]
     assert "stopped early" not in report.rank_table(plain, base, "")[2]
+    # a table says which of its ranks were run in the other dtype
+    later = [run | {"rank": 64, "dtype": "float32"} for run in runs]
+    assert report.rank_table([*runs, *later], base, "A CPU.")[0].endswith("A CPU. Arithmetic in float32: r=64.")
+    assert report.rank_table(runs, base, "A CPU.")[0].endswith("A CPU.")
 
 
 def test_the_gain_by_distance_of_both():

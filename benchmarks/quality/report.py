@@ -50,7 +50,8 @@ def where(data: dict[str, Any]) -> str:
     environments = [*data.get("earlier", []), data["environment"]]
     versions = ", ".join(sorted({one["torch"] for one in environments}))
     threads = ", ".join(sorted({one["threads"] for one in environments}))
-    return f"{' and '.join(one['device'] for one in environments)}, {threads} thread(s), torch {versions}."
+    devices = " and ".join(dict.fromkeys(one["device"] for one in environments))
+    return f"{devices}, {threads} thread(s), torch {versions}."
 
 
 def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
@@ -80,7 +81,7 @@ def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     test = f"{base['num_test_rows']} held-out rows; loss of the base model {base['loss']:.3f}"
     floor = noise_floor(runs)
     noise = "" if floor is None else f"; noise floor (standard deviation over seeds, pooled) {floor:.3f}"
-    return [f"{test}{noise}. {made_on}", "", *lines]
+    return [f"{test}{noise}. {made_on}{_in_float32(runs)}", "", *lines]
 
 
 def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:
@@ -170,6 +171,12 @@ def _groups(runs: Runs) -> Iterator[tuple[str, int, Runs]]:
         found = _of(runs, method, rank)
         if found:
             yield method, rank, found
+
+
+def _in_float32(runs: Runs) -> str:
+    """Returns a sentence on the ranks whose runs were made in float32; nothing if there is none."""
+    ranks = sorted({run["rank"] for run in runs if run.get("dtype") == "float32"})
+    return f" Arithmetic in float32: {', '.join(f'r={rank}' for rank in ranks)}." if ranks else ""
 
 
 def _stopped_early(runs: Runs) -> Runs:

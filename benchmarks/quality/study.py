@@ -74,17 +74,22 @@ class EarlyStopping:
         self.losses.append(found)
 
     @torch.no_grad()
-    def result(self) -> Result | None:
+    def result(self, at_end: Result) -> Result | None:
         """Returns the step of the lowest validation loss and the test loss there. The model has those weights then.
 
         None if no look found a finite loss.
+
+        Args:
+            at_end: what `evaluate` found on the test rows at the end of the run
         """
         if not self._kept:
             return None
         for parameter, kept in zip(self._trained, self._kept, strict=True):
             parameter.copy_(kept)
         step = EVERY * (1 + self.losses.index(min(self.losses)))
-        found = evaluate(self._model, self._bench.test, self._bench.pad)
+        found = at_end
+        if step < self._num_steps:
+            found = evaluate(self._model, self._bench.test, self._bench.pad)
         return {"step": step, "loss": found["loss"], "by_distance": found["by_distance"]}
 
 
@@ -132,8 +137,9 @@ def full_run(
     stopping = EarlyStopping(model, bench)
     losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed, tick=stopping)
     curve = [statistics.fmean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
-    result = facts | {"train_curve": curve, "seconds": seconds} | evaluate(model, bench.test, bench.pad)
-    result |= score(bench, model) | {"validation_curve": stopping.losses, "early_stopped": stopping.result()}
+    at_end = evaluate(model, bench.test, bench.pad)
+    result = facts | {"train_curve": curve, "seconds": seconds} | at_end | score(bench, model)
+    result |= {"validation_curve": stopping.losses, "early_stopped": stopping.result(at_end)}
     return store.put(key, result)
 
 
