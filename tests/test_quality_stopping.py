@@ -1,13 +1,16 @@
 """Early stopping in the study: the adapter that is judged is the one with the lowest validation loss on the way."""
 
 import copy
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmarks.quality import report, study
 from benchmarks.quality.methods import METHODS, adapted
 from benchmarks.quality.sft import evaluate, train
+from benchmarks.quality.store import Store
 
 from .hf.zoo import make_base
 from .test_quality_batches import row
@@ -94,10 +97,26 @@ def test_the_table_tells_both_losses():
     assert rows[3][3:] == ["3", "2.500 ± 0.000", "-0.500 ± 0.000", "", "25, 50", "2.250 ± 0.000", "+0.250 ± 0.000"]
     plain = [run | {"early_stopped": None} for run in runs]
     assert "stopped early" not in report.rank_table(plain, base, "")[2]
-    # a table says which of its ranks were run in the other dtype
-    later = [run | {"rank": 64, "dtype": "float32"} for run in runs]
-    assert report.rank_table([*runs, *later], base, "A CPU.")[0].endswith("A CPU. Arithmetic in float32: r=64.")
-    assert report.rank_table(runs, base, "A CPU.")[0].endswith("A CPU.")
+
+
+def test_the_page_says_which_ranks_were_run_in_the_other_dtype():
+    runs = [{"rank": 16}, {"rank": 4, "dtype": "bfloat16"}]
+    assert report.in_float32(runs, None) == ""
+    runs += [{"rank": 64, "dtype": "float32"}, {"rank": 1, "dtype": "float32"}, {"rank": 1, "dtype": "float32"}]
+    assert report.in_float32(runs, {"loss": 2.5}) == " Arithmetic in float32 (base model 2.500): r=1, r=64."
+    assert report.in_float32(runs, None) == " Arithmetic in float32: r=1, r=64."
+
+
+def test_the_base_model_is_judged_once_in_each_dtype(tmp_path):
+    class Judged(Bench):
+        base = make_base("llama")
+        task = SimpleNamespace(name="rows")
+
+    for environment in ({}, {"dtype": "float32"}, {}):
+        study.base_result(Judged(), Store(tmp_path / "r.json", environment))  # type: ignore[arg-type]
+    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
+    dtypes = {key: run["dtype"] for key, run in runs.items()}
+    assert dtypes == {"part=base task=rows": "bfloat16", "part=base task=rows dtype=float32": "float32"}
 
 
 def test_the_gain_by_distance_of_both():

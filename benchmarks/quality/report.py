@@ -33,7 +33,8 @@ def main() -> None:
                 # a task that the study has only begun compares nothing
                 continue
             base = data["runs"][f"part=base task={task}"]
-            page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, where(data)))
+            made_on = where(data) + in_float32(runs, data["runs"].get(f"part=base task={task} dtype=float32"))
+            page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, made_on))
             page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base))
             plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
     for part, (table, draw) in PARTS.items():
@@ -52,6 +53,15 @@ def where(data: dict[str, Any]) -> str:
     threads = ", ".join(sorted({one["threads"] for one in environments}))
     devices = " and ".join(dict.fromkeys(one["device"] for one in environments))
     return f"{devices}, {threads} thread(s), torch {versions}."
+
+
+def in_float32(runs: Runs, base: dict[str, Any] | None) -> str:
+    """Returns a sentence on the ranks that were run in float32, with the base model's loss in it; nothing without any."""
+    ranks = sorted({run["rank"] for run in runs if run.get("dtype") == "float32"})
+    if not ranks:
+        return ""
+    loss = "" if base is None else f" (base model {base['loss']:.3f})"
+    return f" Arithmetic in float32{loss}: {', '.join(f'r={rank}' for rank in ranks)}."
 
 
 def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
@@ -81,7 +91,7 @@ def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     test = f"{base['num_test_rows']} held-out rows; loss of the base model {base['loss']:.3f}"
     floor = noise_floor(runs)
     noise = "" if floor is None else f"; noise floor (standard deviation over seeds, pooled) {floor:.3f}"
-    return [f"{test}{noise}. {made_on}{_in_float32(runs)}", "", *lines]
+    return [f"{test}{noise}. {made_on}", "", *lines]
 
 
 def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:
@@ -171,12 +181,6 @@ def _groups(runs: Runs) -> Iterator[tuple[str, int, Runs]]:
         found = _of(runs, method, rank)
         if found:
             yield method, rank, found
-
-
-def _in_float32(runs: Runs) -> str:
-    """Returns a sentence on the ranks whose runs were made in float32; nothing if there is none."""
-    ranks = sorted({run["rank"] for run in runs if run.get("dtype") == "float32"})
-    return f" Arithmetic in float32: {', '.join(f'r={rank}' for rank in ranks)}." if ranks else ""
 
 
 def _stopped_early(runs: Runs) -> Runs:

@@ -25,6 +25,11 @@ class Store:
             self._data["earlier"] = [one for machine, one in known.items() if machine != _machine(environment)]
             self._data["runs"] = before["runs"]
 
+    @property
+    def dtype(self) -> str:
+        """The base model's, for runs from here on."""
+        return _machine(self._data["environment"])[1]
+
     @staticmethod
     def key(**facts: Any) -> str:
         """Returns the key of a run: `part=sft task=cities rank=4 ...`."""
@@ -36,7 +41,7 @@ class Store:
 
     def put(self, key: str, result: Result) -> Result:
         """Keeps a finished run's result with the dtype that it was made in, on disk before it returns."""
-        result = result | {"dtype": _machine(self._data["environment"])[1]}
+        result = result | {"dtype": self.dtype}
         self._data["runs"][key] = result
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")

@@ -95,7 +95,8 @@ class EarlyStopping:
 
 def base_result(bench: Bench, store: Store) -> Result:
     """Returns what the base model scores on the task."""
-    key = store.key(part="base", task=bench.task.name)
+    dtype = {} if store.dtype == "bfloat16" else {"dtype": store.dtype}
+    key = store.key(part="base", task=bench.task.name, **dtype)
     found = store.get(key)
     if found is not None:
         return found

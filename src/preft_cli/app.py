@@ -86,7 +86,9 @@ def train(
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: at the end.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of split, order and adapter.")] = 0,
-    dtype: Annotated[Precision, typer.Option(help="Base model's numbers.")] = Precision.float32,
+    dtype: Annotated[
+        Precision, typer.Option(help="Base model's numbers; 16 bits are slow on most CPUs.")
+    ] = Precision.float32,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
 ) -> None:
     """Finetune a prefill-only adapter.

@@ -38,7 +38,9 @@ def distill(
     patience: Annotated[int, typer.Option(min=1, help="Evaluations without a lower KL after which it stops.")] = 3,
     scored_rows: Annotated[int, typer.Option(min=0, help="Held-out rows to generate answers for.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of split, responses, order and adapter.")] = 0,
-    dtype: Annotated[Precision, typer.Option(help="Base model's numbers.")] = Precision.float32,
+    dtype: Annotated[
+        Precision, typer.Option(help="Base model's numbers; 16 bits are slow on most CPUs.")
+    ] = Precision.float32,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
 ) -> None:
     """Distil an all-token LoRA into a prefill-only adapter of higher rank.
