@@ -56,7 +56,7 @@ def where(data: dict[str, Any]) -> str:
 
 
 def in_float32(runs: Runs, base: dict[str, Any] | None) -> str:
-    """Returns a sentence on the ranks that were run in float32, with the base model's loss in it; nothing without any."""
+    """Returns a sentence on the ranks that were run in float32, with the base model's loss in it, or nothing."""
     ranks = sorted({run["rank"] for run in runs if run.get("dtype") == "float32"})
     if not ranks:
         return ""
