@@ -7,7 +7,7 @@ stops it; the same command goes on where it stopped. Results: a JSON file per de
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,17 @@ Report = Callable[[str], None]
 Run = Callable[[Report], object]
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the options of the command line, checked. Ends the process with a sentence if they do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
+    parts = f"of {', '.join(PARTS)} (default: all; sft if one of the next three is given)"
+    parser.add_argument("--parts", type=_of(PARTS), help=parts)
+    parser.add_argument("--tasks", type=_of(TASKS), help=f"of {', '.join(TASKS)}; for the part sft")
+    parser.add_argument("--methods", type=_of(METHODS), help=f"of {', '.join(METHODS)}; for the part sft")
+    ranks = {str(rank): rank for rank in RANKS}
+    parser.add_argument("--ranks", type=_of(ranks), help=f"of {', '.join(ranks)}; for the part sft")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--dtype",
         default="bfloat16",
@@ -46,15 +49,30 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
-    options = parser.parse_args()
-    for name, given, allowed in (
-        ("--parts", options.parts, PARTS),
-        ("--tasks", options.tasks, TASKS),
-        ("--methods", options.methods, METHODS),
-    ):
+    options = parser.parse_args(arguments)
+    narrowed = [name for name in ("tasks", "methods", "ranks") if getattr(options, name) is not None]
+    options.parts = options.parts or (["sft"] if narrowed else list(PARTS))
+    if narrowed and "sft" not in options.parts:
+        parser.error(f"--{narrowed[0]} is for the part sft, and --parts is {','.join(options.parts)}: leave one out")
+    options.tasks, options.methods = options.tasks or list(TASKS), options.methods or list(METHODS)
+    options.ranks = [int(rank) for rank in options.ranks or RANKS]
+    return options
+
+
+def _of(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """Returns what reads a list with commas whose items are among the allowed ones."""
+
+    def read(given: str) -> list[str]:
         unknown = [value for value in given.split(",") if value not in allowed]
         if unknown:
-            parser.error(f"{name} has {', '.join(unknown)}: give some of {', '.join(allowed)}")
+            raise argparse.ArgumentTypeError(f"has {', '.join(unknown)}: give some of {', '.join(allowed)}")
+        return given.split(",")
+
+    return read
+
+
+def main() -> None:
+    options = parse()
     transformers.utils.logging.set_verbosity_error()
     device = "cpu" if options.device == "cpu" else device_name()
     base, tokenizer = load_demo_model()
@@ -64,7 +82,7 @@ def main() -> None:
     folders = {"sft": options.results} | {part: options.results / part for part in PARTS if part != "sft"}
     command = "python -m benchmarks.quality"
     runs: list[Run] = []
-    for part in options.parts.split(","):
+    for part in options.parts:
         store = Store(folders[part] / f"{device}.json", environment(command) | {"dtype": options.dtype})
         runs += PARTS[part](base, tokenizer, store, options)
     until = time.monotonic() + 60 * options.minutes
@@ -79,16 +97,14 @@ def main() -> None:
 
 
 def _sft(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
-    tasks = options.tasks.split(",")
-    benches = {name: Bench(base, tokenizer, TASKS[name]()) for name in tasks}
+    benches = {name: Bench(base, tokenizer, TASKS[name]()) for name in options.tasks}
 
     def run(name: str, method: str, rank: int, seed: int, report: Report) -> None:
         base_result(benches[name], store)
         rate = chosen_rate(benches[name], store, method, rank, report)
         full_run(benches[name], store, method, rank, rate, seed, report)
 
-    ranks = [int(rank) for rank in options.ranks.split(",")]
-    return [partial(run, *one) for one in plan(tasks, options.methods.split(","), ranks, options.seeds)]
+    return [partial(run, *one) for one in plan(options.tasks, options.methods, options.ranks, options.seeds)]
 
 
 def _on_cities(part: Any, base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
