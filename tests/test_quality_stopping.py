@@ -99,12 +99,12 @@ def test_the_table_tells_both_losses():
     assert "stopped early" not in report.rank_table(plain, base, "")[2]
 
 
-def test_the_page_says_which_ranks_were_run_in_the_other_dtype():
-    runs = [{"rank": 16}, {"rank": 4, "dtype": "bfloat16"}]
-    assert report.in_float32(runs, None) == ""
-    runs += [{"rank": 64, "dtype": "float32"}, {"rank": 1, "dtype": "float32"}, {"rank": 1, "dtype": "float32"}]
-    assert report.in_float32(runs, {"loss": 2.5}) == " Arithmetic in float32 (base model 2.500): r=1, r=64."
-    assert report.in_float32(runs, None) == " Arithmetic in float32: r=1, r=64."
+def test_the_page_says_what_was_run_in_the_other_dtype():
+    runs = [{"rank": 16, "seed": 0}, {"rank": 4, "seed": 0, "dtype": "bfloat16"}]
+    assert report.in_float32(runs, "rank") == ""
+    runs += [{"rank": rank, "seed": seed, "dtype": "float32"} for rank, seed in ((64, 0), (1, 0), (1, 2))]
+    assert report.in_float32(runs, "rank", {"loss": 2.5}) == " Arithmetic in float32 (base model 2.500): rank 1, 64."
+    assert report.in_float32(runs, "seed") == " Arithmetic in float32: seed 0, 2."
 
 
 def test_the_base_model_is_judged_once_in_each_dtype(tmp_path):

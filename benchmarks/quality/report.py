@@ -33,14 +33,15 @@ def main() -> None:
                 # a task that the study has only begun compares nothing
                 continue
             base = data["runs"][f"part=base task={task}"]
-            made_on = where(data) + in_float32(runs, data["runs"].get(f"part=base task={task} dtype=float32"))
+            made_on = where(data) + in_float32(runs, "rank", data["runs"].get(f"part=base task={task} dtype=float32"))
             page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, made_on))
             page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base))
             plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
     for part, (table, draw) in PARTS.items():
         for file in sorted((RESULTS / part).glob("*.json")):
             data = json.loads(file.read_text())
-            page = replaced(page, f"{file.stem} {part}", [where(data), "", *table(data["runs"])])
+            made_on = where(data) + in_float32(list(data["runs"].values()), "seed")
+            page = replaced(page, f"{file.stem} {part}", [made_on, "", *table(data["runs"])])
             if draw is not None:
                 draw(data["runs"], IMAGES / f"quality-{file.stem}-{part}.png")
     PAGE.write_text(page)
@@ -55,13 +56,13 @@ def where(data: dict[str, Any]) -> str:
     return f"{devices}, {threads} thread(s), torch {versions}."
 
 
-def in_float32(runs: Runs, base: dict[str, Any] | None) -> str:
-    """Returns a sentence on the ranks that were run in float32, with the base model's loss in it, or nothing."""
-    ranks = sorted({run["rank"] for run in runs if run.get("dtype") == "float32"})
-    if not ranks:
+def in_float32(runs: Runs, fact: str, base: dict[str, Any] | None = None) -> str:
+    """Returns a sentence on the ranks or seeds run in float32, with the base model's loss in it, or nothing."""
+    values = sorted({run[fact] for run in runs if run.get("dtype") == "float32"})
+    if not values:
         return ""
     loss = "" if base is None else f" (base model {base['loss']:.3f})"
-    return f" Arithmetic in float32{loss}: {', '.join(f'r={rank}' for rank in ranks)}."
+    return f" Arithmetic in float32{loss}: {fact} {', '.join(map(str, values))}."
 
 
 def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
