@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", type=_of(PARTS), help=parts)
     parser.add_argument("--tasks", type=_of(TASKS), help=f"of {', '.join(TASKS)}; for the part sft")
     parser.add_argument("--methods", type=_of(METHODS), help=f"of {', '.join(METHODS)}; for the part sft")
-    ranks = {str(rank): rank for rank in RANKS}
+    ranks = [str(rank) for rank in RANKS]
     parser.add_argument("--ranks", type=_of(ranks), help=f"of {', '.join(ranks)}; for the part sft")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
