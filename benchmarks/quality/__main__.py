@@ -1,7 +1,8 @@
 """The quality study: `python -m benchmarks.quality [--tasks cities,devil] [--seeds 3] [--device cuda]`.
 
-Parts: sft (methods and ranks by task), distill, turns (conversations), rl (GRPO), helps (settings of LoRA-P). Ctrl-C
-stops it; the same command goes on where it stopped. Results: a JSON file per device and part in --results.
+Parts: sft (methods and ranks by task), short (fewer steps), distill, turns (conversations), rl (GRPO), helps (settings
+of LoRA-P). Ctrl-C stops it; the same command goes on where it stopped. Results: a JSON file per device and part in
+--results.
 `python -m benchmarks.quality.report` writes docs/quality.md from the committed ones.
 """
 
@@ -17,7 +18,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.quality import distill, helps, rl, turns
+from benchmarks.quality import distill, helps, rl, short, turns
 from benchmarks.quality.methods import METHODS, RANKS
 from benchmarks.quality.store import RESULTS, Store
 from benchmarks.quality.study import Bench, base_result, chosen_rate, full_run, plan
@@ -107,6 +108,11 @@ def _sft(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -
     return [partial(run, *one) for one in plan(options.tasks, options.methods, options.ranks, options.seeds)]
 
 
+def _short(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
+    benches = {name: Bench(base, tokenizer, TASKS[name]()) for name in short.TASKS}
+    return [partial(short.run, benches[task], store, method, seed) for task, method, seed in short.plan(options.seeds)]
+
+
 def _on_cities(part: Any, base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
     bench = Bench(base, tokenizer, TASKS["cities"]())
     return [partial(part.run, bench, store, *one) for one in part.plan(options.seeds)]
@@ -118,6 +124,7 @@ def _turns(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace)
 
 PARTS: dict[str, Callable[..., list[Run]]] = {
     "sft": _sft,
+    "short": _short,
     "distill": partial(_on_cities, distill),
     "turns": _turns,
     "rl": partial(_on_cities, rl),

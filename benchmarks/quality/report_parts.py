@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.quality.distill import CONVERSION, STUDENTS
 from benchmarks.quality.helps import VARIANTS
 from benchmarks.quality.intervals import difference, interval
 from benchmarks.quality.methods import COLOURS, NAMES
+from benchmarks.quality.short import TASKS
 from benchmarks.quality.turns import CACHED, FRESH, WAYS
 
 Runs = dict[str, dict[str, Any]]
@@ -35,6 +37,18 @@ def distill_table(runs: Runs) -> list[str]:
         rows[-1].append("" if start == CONVERSION else interval(closed))
         rows[-1].append(interval([run["kl"] for run in found]))
         rows[-1] += [_percent(found, "top1"), _percent(found, "field_accuracy")]
+    return _lines(rows)
+
+
+def short_table(runs: Runs) -> list[str]:
+    """Returns losses by task and method, and the differences to LoRA's seed by seed."""
+    rows = [["task", "method", "r", "seeds", "held-out loss", "against LoRA"], ["---"] * 6]
+    for task, method in product(TASKS, NAMES):
+        found = [run for run in runs.values() if (run["task"], run["method"]) == (task, method)]
+        reference = [run for run in runs.values() if (run["task"], run["method"]) == (task, "lora")]
+        if found:
+            row = [task, NAMES[method], str(found[0]["rank"]), *_loss_of(found)]
+            rows.append([*row, difference(found, reference)])
     return _lines(rows)
 
 
@@ -111,6 +125,7 @@ def rl_plot(runs: Runs, file: Path) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Runs], list[str]], Callable[[Runs, Path], None] | None]] = {
+    "short": (short_table, None),
     "distill": (distill_table, None),
     "turns": (turns_table, None),
     "rl": (rl_table, rl_plot),

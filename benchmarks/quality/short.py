@@ -1,0 +1,41 @@
+"""Runs of the search's length: does a method still win if the schedule ends before rows are recalled?
+
+A run that is stopped early stops while its learning rate is high. Here the rate falls to zero by the step at which the
+search judged it.
+"""
+
+from collections.abc import Callable, Iterator
+
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.sft import evaluate, train
+from benchmarks.quality.store import Result, Store
+from benchmarks.quality.study import SEARCH, Bench
+
+# those whose rows a full run passes over several times
+TASKS = ("chatterbot", "devil")
+RANK = 16
+# what the search chose at this rank for each method and task
+RATE = 3e-3
+NUM_STEPS = SEARCH[-1][0]
+
+
+def plan(seeds: int) -> Iterator[tuple[str, str, int]]:
+    """Yields (task, method, seed), a whole task before the next."""
+    for task in TASKS:
+        for seed in range(seeds):
+            for method in METHODS:
+                yield task, method, seed
+
+
+def run(bench: Bench, store: Store, method: str, seed: int, report: Callable[[str], None]) -> Result:
+    """Returns the test loss of a run of NUM_STEPS."""
+    facts = {"task": bench.task.name, "method": method, "rank": RANK, "lr": RATE, "steps": NUM_STEPS, "seed": seed}
+    key = store.key(part="short", **facts)
+    found = store.get(key)
+    if found is not None:
+        return found
+    report(key)
+    model = bench.fresh(method, RANK, seed)
+    losses, seconds = train(model, bench.train, bench.pad, NUM_STEPS, RATE, seed)
+    result = facts | {"last_train_loss": losses[-1], "seconds": seconds}
+    return store.put(key, result | evaluate(model, bench.test, bench.pad))
