@@ -1,4 +1,4 @@
-"""The quality study: its evaluation against transformers' loss, its resumption, and that its page is its results."""
+"""The quality study: its evaluation against transformers' loss, its search, and that its page is its results."""
 
 import copy
 import json
@@ -45,23 +45,6 @@ def test_every_method_learns_and_the_seed_decides(method):
         assert losses[-1] < losses[0]
         ends.append(losses[-1])
     assert ends[0] == ends[1] != ends[2]
-
-
-def test_a_run_that_is_there_is_not_done_again(tmp_path, monkeypatch):
-    store = Store(tmp_path / "r.json", {})
-    key = store.key(part="sft", rank=1)
-    assert store.get(key) is None
-    store.put(key, {"loss": 1.0})
-    assert Store(tmp_path / "r.json", {}).get(key) == {"loss": 1.0, "dtype": "bfloat16"}
-    assert not list(tmp_path.glob("*.partial"))
-    # runs of one machine, then of another, then of the first again, then of it in the other dtype
-    a, b, c = {"device": "a"}, {"device": "b"}, {"device": "a", "dtype": "float32"}
-    for environment, earlier in ((a, []), (b, [a]), (a, [b]), (c, [b, a])):
-        found = Store(tmp_path / "r.json", environment).put("key", {"loss": 2.0})
-        data = json.loads((tmp_path / "r.json").read_text())
-        assert (data["earlier"], data["environment"]) == (earlier, environment)
-        assert data["runs"]["key"] == found == {"loss": 2.0, "dtype": environment.get("dtype", "bfloat16")}
-        assert len(data["runs"]) == 2
 
 
 def test_the_search_keeps_the_best_rates(tmp_path, monkeypatch):

@@ -104,6 +104,8 @@ def test_the_page_says_what_was_run_in_the_other_dtype():
     assert report.in_float32(runs, "rank") == ""
     runs += [{"rank": rank, "seed": seed, "dtype": "float32"} for rank, seed in ((64, 0), (1, 0), (1, 2))]
     assert report.in_float32(runs, "rank", {"loss": 2.5}) == " Arithmetic in float32 (base model 2.500): rank 1, 64."
+    # a warm start, which all seeds share
+    runs.append({"rank": 16, "dtype": "float32"})
     assert report.in_float32(runs, "seed") == " Arithmetic in float32: seed 0, 2."
 
 

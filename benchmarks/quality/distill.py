@@ -5,6 +5,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +43,29 @@ def run(bench: Bench, store: Store, start: str, rank: int, seed: int, report: Ca
     """Returns a student's result; teacher and responses are made once a seed and kept in the user's cache."""
     num_steps = 0 if start == CONVERSION else NUM_STEPS
     facts = {"task": bench.task.name, "start": start, "rank": rank, "steps": num_steps, "lr": RATE, "seed": seed}
-    key = store.key(part="distill", **facts)
-    found = store.get(key)
-    if found is not None:
-        return found
+    return store.once("distill", facts, report, partial(_student, bench, store, start, rank, seed, report))
+
+
+def _student(bench: Bench, store: Store, start: str, rank: int, seed: int, report: Callable[[str], None]) -> Result:
     folder = cache_directory() / "quality" / f"teacher-{seed}"
     _teach(bench, store, folder, seed, report)
     gc.collect()
     base = copy.deepcopy(bench.base)
     teacher = load_teacher(base, folder)
     samples = _responses(bench, teacher, folder / "responses.json", seed, report)
-    report(key)
+    report(f"student {start}, r={rank}, seed {seed}")
     torch.manual_seed(seed)
     if start == FROM_ZERO:
         student: Any = get_peft_model(base, PreftConfig(r=rank, task_type="CAUSAL_LM"))
     else:
         student = widened(base, folder, rank)
     losses: list[float] = []
-    if num_steps:
+    if start != CONVERSION:
         loss = distillation_loss(teacher)
-        losses, _ = train(student, samples, bench.pad, num_steps, RATE, seed, loss_of=loss)
+        losses, _ = train(student, samples, bench.pad, NUM_STEPS, RATE, seed, loss_of=loss)
     near = agreement(teacher, student, bench.test, bench.pad)
-    result = facts | {"train_losses": losses} | asdict(near) | evaluate(student, bench.test, bench.pad)
-    return store.put(key, result | score(bench, student))
+    result = {"train_losses": losses} | asdict(near) | evaluate(student, bench.test, bench.pad)
+    return result | score(bench, student)
 
 
 def _teach(bench: Bench, store: Store, folder: Path, seed: int, report: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from benchmarks.quality.methods import adapted
@@ -42,11 +43,10 @@ def plan(seeds: int) -> Iterator[tuple[str, float, int]]:
 def run(bench: Bench, store: Store, variant: str, rate: float, seed: int, report: Callable[[str], None]) -> Result:
     """Returns a variant's result at one learning rate."""
     facts = {"task": bench.task.name, "variant": variant, "rank": RANK, "lr": rate, "steps": NUM_STEPS, "seed": seed}
-    key = store.key(part="helps", **facts)
-    found = store.get(key)
-    if found is not None:
-        return found
-    report(key)
+    return store.once("helps", facts, report, partial(_trained, bench, variant, rate, seed))
+
+
+def _trained(bench: Bench, variant: str, rate: float, seed: int) -> Result:
     options = dict(VARIANTS[variant])
     suffix = options.pop("suffix", "")
     num_layers = bench.base.config.num_hidden_layers
@@ -59,7 +59,7 @@ def run(bench: Bench, store: Store, variant: str, rate: float, seed: int, report
     train(model, samples, bench.pad, NUM_STEPS, rate, seed)
     # answers are generated from the rows' own prompts
     scored = {} if suffix else score(bench, model)
-    return store.put(key, facts | evaluate(model, test, bench.pad) | scored)
+    return evaluate(model, test, bench.pad) | scored
 
 
 def with_suffix(samples: list[Sample], suffix: str, tokenizer: Any) -> list[Sample]:

@@ -58,7 +58,7 @@ def where(data: dict[str, Any]) -> str:
 
 def in_float32(runs: Runs, fact: str, base: dict[str, Any] | None = None) -> str:
     """Returns a sentence on the ranks or seeds run in float32, with the base model's loss in it, or nothing."""
-    values = sorted({run[fact] for run in runs if run.get("dtype") == "float32"})
+    values = sorted({run[fact] for run in runs if fact in run and run.get("dtype") == "float32"})
     if not values:
         return ""
     loss = "" if base is None else f" (base model {base['loss']:.3f})"

@@ -5,11 +5,12 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from benchmarks.quality.methods import adapted
+from benchmarks.quality.methods import NAMES, adapted
 from benchmarks.quality.sft import evaluate, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.study import Bench, score
@@ -36,13 +37,13 @@ def plan(seeds: int) -> Iterator[tuple[str, int]]:
 def run(bench: Bench, store: Store, method: str, seed: int, report: Callable[[str], None]) -> Result:
     """Returns the rewards of all steps, and what greedy answers to held-out rows score afterwards."""
     facts = {"task": bench.task.name, "method": method, "rank": RANK, "steps": NUM_STEPS, "lr": RATE, "seed": seed}
-    key = store.key(part="rl", **facts)
-    found = store.get(key)
-    if found is not None:
-        return found
+    return store.once("rl", facts, report, partial(_trained, bench, store, method, seed, report))
+
+
+def _trained(bench: Bench, store: Store, method: str, seed: int, report: Callable[[str], None]) -> Result:
     warm = warm_start(bench, store, report)
     gc.collect()
-    report(key)
+    report(f"GRPO of {NAMES[method]}, seed {seed}")
     model = adapted(warm, method, RANK, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, bench, seed, folder)
@@ -50,8 +51,8 @@ def run(bench: Bench, store: Store, method: str, seed: int, report: Callable[[st
         trainer.train()
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
     curve = {name: [entry[name] for entry in history] for name in ("reward", "reward_std", "completions/mean_length")}
-    result = facts | {"curve": curve, "last_reward": statistics.fmean(curve["reward"][-10:])}
-    return store.put(key, result | evaluate(model, bench.test, bench.pad) | score(bench, model))
+    result = {"curve": curve, "last_reward": statistics.fmean(curve["reward"][-10:])}
+    return result | evaluate(model, bench.test, bench.pad) | score(bench, model)
 
 
 def warm_start(bench: Bench, store: Store, report: Callable[[str], None]) -> Any:

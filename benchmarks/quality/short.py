@@ -30,12 +30,10 @@ def plan(seeds: int) -> Iterator[tuple[str, str, int]]:
 def run(bench: Bench, store: Store, method: str, seed: int, report: Callable[[str], None]) -> Result:
     """Returns the test loss of a run of NUM_STEPS."""
     facts = {"task": bench.task.name, "method": method, "rank": RANK, "lr": RATE, "steps": NUM_STEPS, "seed": seed}
-    key = store.key(part="short", **facts)
-    found = store.get(key)
-    if found is not None:
-        return found
-    report(key)
-    model = bench.fresh(method, RANK, seed)
-    losses, seconds = train(model, bench.train, bench.pad, NUM_STEPS, RATE, seed)
-    result = facts | {"last_train_loss": losses[-1], "seconds": seconds}
-    return store.put(key, result | evaluate(model, bench.test, bench.pad))
+
+    def make() -> Result:
+        model = bench.fresh(method, RANK, seed)
+        losses, seconds = train(model, bench.train, bench.pad, NUM_STEPS, RATE, seed)
+        return {"last_train_loss": losses[-1], "seconds": seconds} | evaluate(model, bench.test, bench.pad)
+
+    return store.once("short", facts, report, make)

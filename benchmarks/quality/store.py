@@ -1,6 +1,7 @@
 """Results of finished runs in one JSON file per device: a run that is there is not done again."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ class Store:
     def key(**facts: Any) -> str:
         """Returns the key of a run: `part=sft task=cities rank=4 ...`."""
         return " ".join(f"{name}={value}" for name, value in facts.items())
+
+    def once(self, part: str, facts: Result, report: Callable[[str], None], make: Callable[[], Result]) -> Result:
+        """Returns a run's facts and result: what a finished run left, or what `make` returns, which is kept.
+
+        Args:
+            facts: all that decides the result besides the part, in the order of the key
+            report: is told the key of a run that is made
+        """
+        key = self.key(part=part, **facts)
+        found = self.get(key)
+        if found is not None:
+            return found
+        report(key)
+        return self.put(key, facts | make())
 
     def get(self, key: str) -> Result | None:
         """Returns what a finished run left, or None."""

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,16 +112,19 @@ def chosen_rate(bench: Bench, store: Store, method: str, rank: int, report: Call
     for num_steps, num_kept in SEARCH:
         rates = sorted(rates, key=lambda rate: losses.get(rate, 0.0))[:num_kept]
         for rate in rates:
-            key = store.key(part="search", task=bench.task.name, method=method, rank=rank, lr=rate, steps=num_steps)
-            found = store.get(key)
-            if found is None:
-                report(key)
-                model = bench.fresh(method, rank, seed=1000)
-                train_losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed=1000)
-                loss = evaluate(model, bench.validation, bench.pad)["loss"]
-                found = store.put(key, {"loss": loss, "last_train_loss": train_losses[-1], "seconds": seconds})
-            losses[rate] = found["loss"] if math.isfinite(found["loss"]) else math.inf
+            facts = {"task": bench.task.name, "method": method, "rank": rank, "lr": rate, "steps": num_steps}
+            loss = store.once("search", facts, report, partial(_searched, bench, method, rank, rate, num_steps))[
+                "loss"
+            ]
+            losses[rate] = loss if math.isfinite(loss) else math.inf
     return min(rates, key=lambda rate: losses[rate])
+
+
+def _searched(bench: Bench, method: str, rank: int, rate: float, num_steps: int) -> Result:
+    model = bench.fresh(method, rank, seed=1000)
+    train_losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed=1000)
+    loss = evaluate(model, bench.validation, bench.pad)["loss"]
+    return {"loss": loss, "last_train_loss": train_losses[-1], "seconds": seconds}
 
 
 def full_run(
@@ -129,19 +133,17 @@ def full_run(
     """Returns a full run's result: the curves, the test loss by distance, the same at the best step, the score."""
     num_steps = bench.task.num_steps
     facts = {"task": bench.task.name, "method": method, "rank": rank, "lr": rate, "steps": num_steps, "seed": seed}
-    key = store.key(part="sft", **facts)
-    found = store.get(key)
-    if found is not None:
-        return found
-    report(key)
-    model = bench.fresh(method, rank, seed)
-    stopping = EarlyStopping(model, bench)
-    losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed, tick=stopping)
-    curve = [statistics.fmean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
-    at_end = evaluate(model, bench.test, bench.pad)
-    result = facts | {"train_curve": curve, "seconds": seconds} | at_end | score(bench, model)
-    result |= {"validation_curve": stopping.losses, "early_stopped": stopping.result(at_end)}
-    return store.put(key, result)
+
+    def make() -> Result:
+        model = bench.fresh(method, rank, seed)
+        stopping = EarlyStopping(model, bench)
+        losses, seconds = train(model, bench.train, bench.pad, num_steps, rate, seed, tick=stopping)
+        curve = [statistics.fmean(losses[i : i + 10]) for i in range(0, len(losses), 10)]
+        at_end = evaluate(model, bench.test, bench.pad)
+        result = {"train_curve": curve, "seconds": seconds} | at_end | score(bench, model)
+        return result | {"validation_curve": stopping.losses, "early_stopped": stopping.result(at_end)}
+
+    return store.once("sft", facts, report, make)
 
 
 def plan(tasks: Sequence[str], methods: Sequence[str], ranks: Sequence[int], seeds: int) -> Iterator[tuple[Any, ...]]:

@@ -7,6 +7,7 @@ import copy
 import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.quality.methods import adapted
@@ -77,11 +78,10 @@ def run(
 ) -> Result:
     """Returns the losses of a trained adapter by way of serving and by turn."""
     facts = {"method": method, "form": form, "rank": RANK, "steps": NUM_STEPS, "lr": RATE, "seed": seed}
-    key = store.key(part="turns", **facts)
-    found = store.get(key)
-    if found is not None:
-        return found
-    report(key)
+    return store.once("turns", facts, report, partial(_trained, base, tokenizer, method, form, seed))
+
+
+def _trained(base: Any, tokenizer: Any, method: str, form: str, seed: int) -> Result:
     made = conversations(NUM_TEST + NUM_TRAIN)
     test, rows = made[:NUM_TEST], made[NUM_TEST:]
     if form == WHOLE:
@@ -96,7 +96,7 @@ def run(
     losses, seconds = train(model, samples, pad, NUM_STEPS, RATE, seed, batch_size=batch)
     served = {FRESH: by_turn(model, [expanded(row, tokenizer) for row in test], pad)}
     served[CACHED] = by_turn(model, [split(whole(row, tokenizer)) for row in test], pad)
-    return store.put(key, facts | {"train_losses": losses, "seconds": seconds, "served": served})
+    return {"train_losses": losses, "seconds": seconds, "served": served}
 
 
 def split(sample: Sample) -> list[dict[str, list[int]]]:

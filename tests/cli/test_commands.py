@@ -2,21 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from ..hf.test_trainers import tokenizer
 from ..hf.zoo import make_base, make_preft
-
-MAIN = [sys.executable, "-W", "ignore", "-c", "from preft_cli.app import main; main()"]
-
-
-def preft(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True, **options)
+from .process import Preft, preft, preft_from_nothing
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def train(place, output: str, *others: object) -> list[object]:
 
 
 def test_train_then_inspect_then_generate(place):
-    done = preft(*train(place, "a", "--steps", 30, "--method", "direft", "--eval-every", 10))
+    done = preft_from_nothing(*train(place, "a", "--steps", 30, "--method", "direft", "--eval-every", 10))
     assert done.returncode == 0, done.stderr
     metrics = json.loads((place / "a" / "metrics.json").read_text())
     assert metrics["eval_loss"]["after"] < metrics["eval_loss"]["before"]
@@ -61,19 +53,17 @@ def test_train_then_inspect_then_generate(place):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_losses(place):
-    options = ("--steps", 800, "--save-every", 40)
-    command = [*MAIN, *map(str, train(place, "cut", *options))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
+    options = ("--steps", 300, "--save-every", 40)
+    run = Preft(*train(place, "cut", *options))
     while not list(place.glob("cut/checkpoints/checkpoint-*")):
-        assert process.poll() is None, process.stdout.read()
+        assert run.is_running(), run.wait().stderr
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "--resume" in output
+    run.interrupt()
+    cut = run.wait()
+    assert cut.returncode == 130, cut.stderr
+    assert "--resume" in cut.stdout + cut.stderr
     last = max(int(name.removeprefix("checkpoint-")) for name in os.listdir(place / "cut" / "checkpoints"))
-    assert 0 < last < 800
+    assert 0 < last < 300
 
     again = preft(*train(place, "cut", *options))
     assert again.returncode == 2
