@@ -170,7 +170,8 @@ class Attachment:
         if not torch.compiler.is_compiling() and self.boundary.active:
             raise RuntimeError(
                 "generate called the model without prepare_inputs_for_generation, so nothing tells which tokens are "
-                "prompt tokens: this decoding method is not supported with a PreFT adapter; pass prefill_mask in it"
+                "prompt tokens: this decoding method is not supported with a PreFT adapter; leave guidance_scale out, "
+                "and pass prefill_mask in a loop or logits processor of your own"
             )
         if values.get("labels") is not None:
             return _phase_of_labels(values, shape)

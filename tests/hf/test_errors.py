@@ -196,6 +196,11 @@ def test_a_decoding_loop_that_skips_prepare_inputs_is_refused():
     model = make_preft(make_base())
     with pytest.raises(RuntimeError, match="without prepare_inputs_for_generation"):
         model.generate(input_ids=prompt(), custom_generate=loop, max_new_tokens=2)
+    # its logits processor runs the model on a prompt of its own
+    with pytest.raises(RuntimeError, match="leave guidance_scale out"):
+        model.generate(input_ids=prompt(), guidance_scale=1.5, max_new_tokens=2)
+    with model.disable_adapter():
+        model.generate(input_ids=prompt(), guidance_scale=1.5, max_new_tokens=2, pad_token_id=0)
 
 
 def test_layers_that_see_reordered_tokens_are_refused_in_mixed_forwards():
