@@ -125,5 +125,8 @@ def test_the_gain_by_distance_of_both():
     base = {"by_distance": {"1": [100.0, 50], "2": [9.0, 3]}}
     run = {"method": "lora", "rank": 4, "by_distance": {"1": [50.0, 50], "2": [9.0, 3]}}
     other = run | {"early_stopped": {"step": 25, "loss": 0.0, "by_distance": {"1": [25.0, 50], "2": [9.0, 3]}}}
-    lines = report.distance_table([run, other], base)
-    assert lines[2:] == ["| all-token LoRA | 4 | 1.00 |", "| all-token LoRA, stopped early | 4 | 1.50 |"]
+    short = run | {"steps": 64, "by_distance": {"1": [75.0, 50], "2": [9.0, 3]}}
+    gains = {"": "1.00", ", stopped early": "1.50", ", 64 steps": "0.50"}
+    lines = report.distance_table([run, other], base, [short])
+    assert lines[2:] == [f"| all-token LoRA{note} | 4 | {gain} |" for note, gain in gains.items()]
+    assert report.distance_table([run, other], base, []) == lines[:-1]

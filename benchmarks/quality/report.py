@@ -35,7 +35,7 @@ def main() -> None:
             base = data["runs"][f"part=base task={task}"]
             made_on = where(data) + in_float32(runs, "rank", data["runs"].get(f"part=base task={task} dtype=float32"))
             page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, made_on))
-            page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base))
+            page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base, shorter(file.stem, task)))
             plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
     for part, (table, draw) in PARTS.items():
         for file in sorted((RESULTS / part).glob("*.json")):
@@ -95,13 +95,24 @@ def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     return [f"{test}{noise}. {made_on}", "", *lines]
 
 
-def distance_table(runs: Runs, base: dict[str, Any]) -> list[str]:
-    """Returns the gain over the base model in nats a token by distance from the prompt, mean over seeds."""
+def shorter(device: str, task: str) -> Runs:
+    """Returns the part short's runs of a task."""
+    file = RESULTS / "short" / f"{device}.json"
+    runs = json.loads(file.read_text())["runs"] if file.exists() else {}
+    return [run for run in runs.values() if run["task"] == task]
+
+
+def distance_table(runs: Runs, base: dict[str, Any], short: Runs) -> list[str]:
+    """Returns the gain over the base model in nats a token by distance from the prompt, mean over seeds.
+
+    Full runs, those that looked at their validation rows at their best step, then those of fewer steps.
+    """
     firsts = [first for first, (_, count) in base["by_distance"].items() if count >= 50]
     ends = [str(int(first) * 2 - 1) for first in firsts]
     spans = [first if first == end else f"{first}-{end}" for first, end in zip(firsts, ends, strict=True)]
     lines = [f"| method | r | {' | '.join(spans)} |", "|" + " --- |" * (2 + len(spans))]
-    for shown, note in ((runs, ""), (_stopped_early(runs), ", stopped early")):
+    steps = f", {short[0]['steps']} steps" if short else ""
+    for shown, note in ((runs, ""), (_stopped_early(runs), ", stopped early"), (short, steps)):
         for method, rank, found in _groups(shown):
             gains = [statistics.fmean(_gain(run, base, first) for run in found) for first in firsts]
             lines.append(f"| {NAMES[method]}{note} | {rank} | {' | '.join(f'{gain:.2f}' for gain in gains)} |")
