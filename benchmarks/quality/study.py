@@ -113,10 +113,8 @@ def chosen_rate(bench: Bench, store: Store, method: str, rank: int, report: Call
         rates = sorted(rates, key=lambda rate: losses.get(rate, 0.0))[:num_kept]
         for rate in rates:
             facts = {"task": bench.task.name, "method": method, "rank": rank, "lr": rate, "steps": num_steps}
-            loss = store.once("search", facts, report, partial(_searched, bench, method, rank, rate, num_steps))[
-                "loss"
-            ]
-            losses[rate] = loss if math.isfinite(loss) else math.inf
+            found = store.once("search", facts, report, partial(_searched, bench, method, rank, rate, num_steps))
+            losses[rate] = found["loss"] if math.isfinite(found["loss"]) else math.inf
     return min(rates, key=lambda rate: losses[rate])
 
 

@@ -71,8 +71,8 @@ def preft_from_nothing(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def _main(arguments: list[str], files: list[Path], cwd: Path, env: dict[str, str]) -> None:
-    for number, (file, flags) in enumerate(zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)):
-        os.dup2(os.open(file, flags, 0o600), number)
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), number)
     # multiprocessing gives a process an empty one
     sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(cwd)

@@ -59,7 +59,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_losses(place):
         assert run.is_running(), run.wait().stderr
         time.sleep(0.02)
     run.interrupt()
-    cut = run.wait()
+    cut = run.wait(timeout=60)
     assert cut.returncode == 130, cut.stderr
     assert "--resume" in cut.stdout + cut.stderr
     last = max(int(name.removeprefix("checkpoint-")) for name in os.listdir(place / "cut" / "checkpoints"))

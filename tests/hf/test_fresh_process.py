@@ -1,12 +1,11 @@
 """An adapter in a process that did not train it: the same tokens, and none without preft_hf."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from ..interpreter import printed
 from .cases import GREEDY, prompt
 from .zoo import METHODS, make_base, make_preft
 
@@ -23,11 +22,6 @@ def of_each_method(tmp_path):
     return models
 
 
-def printed_by_a_process(code: str, *arguments: str) -> list[str]:
-    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()
-
-
 def test_a_process_that_did_not_train_gives_the_same_tokens(of_each_method):
     code = (
         "import sys, torch, preft_hf; from peft import AutoPeftModelForCausalLM\n"
@@ -37,9 +31,9 @@ def test_a_process_that_did_not_train_gives_the_same_tokens(of_each_method):
         "    model = AutoPeftModelForCausalLM.from_pretrained(folder)\n"
         "    print(model.generate(input_ids=ids, **options).tolist())"
     )
-    printed = printed_by_a_process(code, str(prompt().tolist()), *of_each_method)
+    lines = printed(code, str(prompt().tolist()), *of_each_method).splitlines()
     expected = [model.generate(input_ids=prompt(), **GREEDY).sequences for model in of_each_method.values()]
-    assert [json.loads(line) for line in printed] == [sequences.tolist() for sequences in expected]
+    assert [json.loads(line) for line in lines] == [sequences.tolist() for sequences in expected]
 
 
 def test_without_our_import_nothing_is_served(of_each_method):
@@ -52,6 +46,6 @@ def test_without_our_import_nothing_is_served(of_each_method):
         "    except Exception as error:\n"
         "        print(repr(error))"
     )
-    printed = printed_by_a_process(code, *of_each_method)
-    assert len(printed) == len(METHODS)
-    assert all("PREFT" in line for line in printed), printed
+    lines = printed(code, *of_each_method).splitlines()
+    assert len(lines) == len(METHODS)
+    assert all("PREFT" in line for line in lines), lines
