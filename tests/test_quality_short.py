@@ -52,13 +52,14 @@ def test_a_task_is_compared_with_its_own_lora():
     losses["devil", "direft-p"] = [6.0]
     runs = {
         f"{task} {method} {seed}": {"task": task, "method": method, "rank": 16, "seed": seed, "loss": loss}
+        | {"row_losses": [loss, loss], "row_tokens": [1, 1]}
         for (task, method), values in losses.items()
         for seed, loss in enumerate(values)
     }
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report_parts.short_table(runs)]
-    assert [[row[0], row[1], row[3], row[5]] for row in rows[2:]] == [
-        ["chatterbot", "all-token LoRA", "2", ""],
-        ["chatterbot", "LoRA-P", "2", "+0.500 ± 0.000"],
-        ["devil", "all-token LoRA", "1", ""],
-        ["devil", "DiReFT-P", "1", "-1.000"],
+    assert [[row[0], row[1], row[3], *row[5:]] for row in rows[2:]] == [
+        ["chatterbot", "all-token LoRA", "2", "", ""],
+        ["chatterbot", "LoRA-P", "2", "+0.500 ± 0.000; rows ± 0.000", "+0.500 ± 0.000"],
+        ["devil", "all-token LoRA", "1", "", ""],
+        ["devil", "DiReFT-P", "1", "-1.000; rows ± 0.000", "-1.000 ± 0.000"],
     ]

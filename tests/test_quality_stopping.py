@@ -91,10 +91,12 @@ def test_the_table_tells_both_losses():
         for seed in range(3):
             stopped = {"step": 25 * seed, "loss": early} if seed else None
             runs.append({"method": method, "rank": 4, "lr": 0.1, "seed": seed, "loss": loss, "early_stopped": stopped})
+            runs[-1] |= {"row_losses": [loss, loss - seed], "row_tokens": [1, 1]}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.rank_table(runs, base, "")[2:]]
     assert rows[0][-3:] == ["stopped early, at step", "its held-out loss", "against LoRA of this r"]
-    assert rows[2][3:] == ["3", "3.000 ± 0.000", "", "", "25, 50", "2.000 ± 0.000", ""]
-    assert rows[3][3:] == ["3", "2.500 ± 0.000", "-0.500 ± 0.000", "", "25, 50", "2.250 ± 0.000", "+0.250 ± 0.000"]
+    assert rows[2][3:] == ["3", "3.000 ± 0.000", "", "", "", "25, 50", "2.000 ± 0.000", ""]
+    against = ["-0.500 ± 0.000; rows ± 0.000", "-0.500 ± 0.000", ""]
+    assert rows[3][3:] == ["3", "2.500 ± 0.000", *against, "25, 50", "2.250 ± 0.000", "+0.250 ± 0.000"]
     plain = [run | {"early_stopped": None} for run in runs]
     assert "stopped early" not in report.rank_table(plain, base, "")[2]
 

@@ -3,14 +3,14 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.quality.intervals import difference, interval
+from benchmarks.quality.intervals import difference, each_row_alike, interval
 from benchmarks.quality.methods import COLOURS, METHODS, NAMES
 from benchmarks.quality.report_parts import PARTS
 from benchmarks.quality.store import RESULTS
@@ -29,6 +29,7 @@ def main() -> None:
         data = json.loads(file.read_text())
         for task in sorted({run["task"] for run in data["runs"].values() if "seed" in run}):
             runs = [run for run in data["runs"].values() if run.get("task") == task and "seed" in run]
+            runs = with_row_tokens(runs, file.stem)
             if {run["method"] for run in runs} != set(METHODS):
                 # a task that the study has only begun compares nothing
                 continue
@@ -41,9 +42,10 @@ def main() -> None:
         for file in sorted((RESULTS / part).glob("*.json")):
             data = json.loads(file.read_text())
             made_on = where(data) + in_float32(list(data["runs"].values()), "seed")
-            page = replaced(page, f"{file.stem} {part}", [made_on, "", *table(data["runs"])])
+            runs = dict(zip(data["runs"], with_row_tokens(data["runs"].values(), file.stem), strict=True))
+            page = replaced(page, f"{file.stem} {part}", [made_on, "", *table(runs)])
             if draw is not None:
-                draw(data["runs"], IMAGES / f"quality-{file.stem}-{part}.png")
+                draw(runs, IMAGES / f"quality-{file.stem}-{part}.png")
     PAGE.write_text(page)
 
 
@@ -68,18 +70,22 @@ def in_float32(runs: Runs, fact: str, base: dict[str, Any] | None = None) -> str
 def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     """Returns loss by method and rank: mean over seeds, half of the 95 % interval, difference to LoRA seed by seed.
 
-    The loss with early stopping stands beside it for runs that looked at their validation rows.
+    Beside it the difference's interval over held-out rows, the difference with each row alike, and the loss with
+    early stopping for runs that looked at their validation rows.
     """
     scored = "field_accuracy" in base
     stopped = _stopped_early(runs)
-    head = ["method", "r", "learning rate", "seeds", "held-out loss", "against LoRA of this r", "against LoRA, r=1"]
+    head = ["method", "r", "learning rate", "seeds", "held-out loss", "against LoRA of this r", "each row alike"]
+    head.append("against LoRA, r=1")
     head += ["fields right"] if scored else []
     head += ["stopped early, at step", "its held-out loss", "against LoRA of this r"] if stopped else []
     rows = [head, ["---"] * len(head)]
     for method, rank, found in _groups(runs):
         rates = sorted({run["lr"] for run in found})
         row = [NAMES[method], str(rank), ", ".join(f"{rate:g}" for rate in rates), str(len(found))]
-        row += [interval([run["loss"] for run in found]), difference(found, _of(runs, "lora", rank))]
+        lora = _of(runs, "lora", rank)
+        row += [interval([run["loss"] for run in found]), difference(found, lora, rows=True)]
+        row.append(each_row_alike(found, lora))
         row.append(difference(found, _of(runs, "lora", 1)))
         if scored:
             row.append(f"{100 * statistics.fmean(run['field_accuracy'] for run in found):.0f} %")
@@ -93,6 +99,14 @@ def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     floor = noise_floor(runs)
     noise = "" if floor is None else f"; noise floor (standard deviation over seeds, pooled) {floor:.3f}"
     return [f"{test}{noise}. {made_on}", "", *lines]
+
+
+def with_row_tokens(runs: Iterable[dict[str, Any]], device: str) -> Runs:
+    """Returns the runs with the response tokens of each held-out row, where the base model's result tells them."""
+    file = RESULTS / f"{device}.json"
+    bases = json.loads(file.read_text())["runs"].values() if file.exists() else ()
+    tokens = {base["task"]: {"row_tokens": base["row_tokens"]} for base in bases if "row_tokens" in base}
+    return [run | tokens.get(run.get("task"), {}) for run in runs]
 
 
 def shorter(device: str, task: str) -> Runs:

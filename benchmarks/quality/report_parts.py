@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.distill import CONVERSION, STUDENTS
 from benchmarks.quality.helps import VARIANTS
-from benchmarks.quality.intervals import difference, interval
+from benchmarks.quality.intervals import difference, each_row_alike, interval
 from benchmarks.quality.methods import COLOURS, NAMES
 from benchmarks.quality.short import TASKS
 from benchmarks.quality.turns import CACHED, FRESH, WAYS
@@ -42,13 +42,14 @@ def distill_table(runs: Runs) -> list[str]:
 
 def short_table(runs: Runs) -> list[str]:
     """Returns losses by task and method, and the differences to LoRA's seed by seed."""
-    rows = [["task", "method", "r", "seeds", "held-out loss", "against LoRA"], ["---"] * 6]
+    rows = [["task", "method", "r", "seeds", "held-out loss", "against LoRA", "each row alike"], ["---"] * 7]
     for task, method in product(TASKS, NAMES):
         found = [run for run in runs.values() if (run["task"], run["method"]) == (task, method)]
         reference = [run for run in runs.values() if (run["task"], run["method"]) == (task, "lora")]
         if found:
             row = [task, NAMES[method], str(found[0]["rank"]), *_loss_of(found)]
-            rows.append([*row, difference(found, reference)])
+            against = difference(found, reference, rows=True)
+            rows.append([*row, against, each_row_alike(found, reference)])
     return _lines(rows)
 
 
@@ -90,7 +91,7 @@ def helps_table(runs: Runs) -> list[str]:
     rows = [["variant", "learning rate", "seeds", "held-out loss", "against the default"], ["---"] * 5]
     for variant, found in best.items():
         if found:
-            against = difference(found, best["default"])
+            against = difference(found, best["default"], rows=True)
             rows.append([variant, f"{found[0]['lr']:g}", *_loss_of(found), against])
     return _lines(rows)
 

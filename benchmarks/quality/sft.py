@@ -93,10 +93,10 @@ def evaluate(model: Any, samples: Sequence[Sample], pad: int) -> dict[str, Any]:
 
 def _backward(model: Any, rows: Sequence[Sample], pad: int, loss_of: Callable[..., torch.Tensor]) -> float:
     """Adds the gradient of the rows' mean loss a token and returns that loss. Rows of like length go together."""
-    total, loss = sum(map(_num_targets, rows)), 0.0
+    total, loss = sum(map(num_targets, rows)), 0.0
     for piece in pieces(rows):
         batch = {name: tensor.to(model.device) for name, tensor in collate(piece, pad).items()}
-        share = loss_of(model, batch) * (sum(map(_num_targets, piece)) / total)
+        share = loss_of(model, batch) * (sum(map(num_targets, piece)) / total)
         loss += share.item()
         if not math.isfinite(loss):
             break
@@ -120,7 +120,8 @@ def pieces(rows: Sequence[Sample]) -> list[list[Sample]]:
     return found
 
 
-def _num_targets(sample: Sample) -> int:
+def num_targets(sample: Sample) -> int:
+    """Returns the response tokens of a row that a loss is over."""
     return sum(label != IGNORED_LABEL for label in sample["labels"][1:])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality.methods import LEARNING_RATES, adapted
-from benchmarks.quality.sft import evaluate, train
+from benchmarks.quality.sft import evaluate, num_targets, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.tasks import Task
 from preft_hf.data import Sample
@@ -101,8 +101,12 @@ def base_result(bench: Bench, store: Store) -> Result:
     found = store.get(key)
     if found is not None:
         return found
-    result = evaluate(bench.base, bench.test, bench.pad) | {"num_test_rows": len(bench.test)}
-    return store.put(key, result | score(bench, bench.base))
+    facts = {
+        "task": bench.task.name,
+        "num_test_rows": len(bench.test),
+        "row_tokens": list(map(num_targets, bench.test)),
+    }
+    return store.put(key, facts | evaluate(bench.base, bench.test, bench.pad) | score(bench, bench.base))
 
 
 def chosen_rate(bench: Bench, store: Store, method: str, rank: int, report: Callable[[str], None]) -> float:
