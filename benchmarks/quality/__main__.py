@@ -110,7 +110,7 @@ def _sft(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -
 
 def _short(base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:
     benches = {name: Bench(base, tokenizer, TASKS[name]()) for name in short.TASKS}
-    return [partial(short.run, benches[task], store, method, seed) for task, method, seed in short.plan(options.seeds)]
+    return [partial(short.run, benches[task], store, *one) for task, *one in short.plan(options.seeds)]
 
 
 def _on_cities(part: Any, base: Any, tokenizer: Any, store: Store, options: argparse.Namespace) -> list[Run]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.intervals import difference, each_row_alike, interval
 from benchmarks.quality.methods import COLOURS, METHODS, NAMES
-from benchmarks.quality.report_parts import PARTS
+from benchmarks.quality.report_parts import TABLES
 from benchmarks.quality.store import RESULTS
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +38,12 @@ def main() -> None:
             page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, made_on))
             page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base, shorter(file.stem, task)))
             plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
-    for part, (table, draw) in PARTS.items():
+    for mark, (part, table, draw) in TABLES.items():
         for file in sorted((RESULTS / part).glob("*.json")):
             data = json.loads(file.read_text())
             made_on = where(data) + in_float32(list(data["runs"].values()), "seed")
             runs = dict(zip(data["runs"], with_row_tokens(data["runs"].values(), file.stem), strict=True))
-            page = replaced(page, f"{file.stem} {part}", [made_on, "", *table(runs)])
+            page = replaced(page, f"{file.stem} {mark}", [made_on, "", *table(runs)])
             if draw is not None:
                 draw(runs, IMAGES / f"quality-{file.stem}-{part}.png")
     PAGE.write_text(page)
@@ -110,10 +110,10 @@ def with_row_tokens(runs: Iterable[dict[str, Any]], device: str) -> Runs:
 
 
 def shorter(device: str, task: str) -> Runs:
-    """Returns the part short's runs of a task."""
+    """Returns the part short's runs of a task, on its prompts as they are."""
     file = RESULTS / "short" / f"{device}.json"
     runs = json.loads(file.read_text())["runs"] if file.exists() else {}
-    return [run for run in runs.values() if run["task"] == task]
+    return [run for run in runs.values() if run["task"] == task and "form" not in run]
 
 
 def distance_table(runs: Runs, base: dict[str, Any], short: Runs) -> list[str]:

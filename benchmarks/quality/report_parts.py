@@ -1,8 +1,7 @@
 """Tables and plots of the study's parts beside the supervised one: distillation, conversations, reinforcement."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from benchmarks.quality.distill import CONVERSION, STUDENTS
 from benchmarks.quality.helps import VARIANTS
 from benchmarks.quality.intervals import difference, each_row_alike, interval
 from benchmarks.quality.methods import COLOURS, NAMES
-from benchmarks.quality.short import TASKS
+from benchmarks.quality.prompts import FORMS, PLAIN
+from benchmarks.quality.short import FORMED, TASKS
 from benchmarks.quality.turns import CACHED, FRESH, WAYS
 
 Runs = dict[str, dict[str, Any]]
@@ -43,14 +43,29 @@ def distill_table(runs: Runs) -> list[str]:
 def short_table(runs: Runs) -> list[str]:
     """Returns losses by task and method, and the differences to LoRA's seed by seed."""
     rows = [["task", "method", "r", "seeds", "held-out loss", "against LoRA", "each row alike"], ["---"] * 7]
-    for task, method in product(TASKS, NAMES):
-        found = [run for run in runs.values() if (run["task"], run["method"]) == (task, method)]
-        reference = [run for run in runs.values() if (run["task"], run["method"]) == (task, "lora")]
-        if found:
-            row = [task, NAMES[method], str(found[0]["rank"]), *_loss_of(found)]
-            against = difference(found, reference, rows=True)
-            rows.append([*row, against, each_row_alike(found, reference)])
+    for task in TASKS:
+        of_task = [run for run in runs.values() if run["task"] == task and "form" not in run]
+        rows += [[task, *row] for row in _against_lora(of_task)]
     return _lines(rows)
+
+
+def prompts_table(runs: Runs) -> list[str]:
+    """Returns the same by form of the prompts, for the task whose prompts have several."""
+    rows = [["prompts", "method", "r", "seeds", "held-out loss", "against LoRA", "each row alike"], ["---"] * 7]
+    for form in FORMS:
+        in_form = [run for run in runs.values() if run["task"] == FORMED and run.get("form", PLAIN) == form]
+        rows += [[form, *row] for row in _against_lora(in_form)]
+    return _lines(rows)
+
+
+def _against_lora(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yields a row for each method with runs: name, rank, seeds, loss, difference to LoRA, the same each row alike."""
+    reference = [run for run in runs if run["method"] == "lora"]
+    for method, name in NAMES.items():
+        found = [run for run in runs if run["method"] == method]
+        if found:
+            against = difference(found, reference, rows=True), each_row_alike(found, reference)
+            yield [name, str(found[0]["rank"]), *_loss_of(found), *against]
 
 
 def turns_table(runs: Runs) -> list[str]:
@@ -125,12 +140,14 @@ def rl_plot(runs: Runs, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-PARTS: dict[str, tuple[Callable[[Runs], list[str]], Callable[[Runs, Path], None] | None]] = {
-    "short": (short_table, None),
-    "distill": (distill_table, None),
-    "turns": (turns_table, None),
-    "rl": (rl_table, rl_plot),
-    "helps": (helps_table, None),
+# by mark on the page: the part whose results it shows, its table and its plot
+TABLES: dict[str, tuple[str, Callable[[Runs], list[str]], Callable[[Runs, Path], None] | None]] = {
+    "short": ("short", short_table, None),
+    "prompts": ("short", prompts_table, None),
+    "distill": ("distill", distill_table, None),
+    "turns": ("turns", turns_table, None),
+    "rl": ("rl", rl_table, rl_plot),
+    "helps": ("helps", helps_table, None),
 }
 
 
