@@ -56,7 +56,7 @@ def rows_half_width(differences: Sequence[float], row_tokens: Sequence[int]) -> 
     """Returns half of a 95 % interval over rows of a mean in which each row weighs as much as it has tokens.
 
     A row is drawn with its number of tokens: the ratio estimator's variance to first order (Cochran, Sampling
-    Techniques, equation 6.13).
+    Techniques, chapter 6).
     """
     mean = statistics.fmean(differences, row_tokens)
     mean_tokens = statistics.fmean(row_tokens)
