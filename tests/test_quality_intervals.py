@@ -68,8 +68,9 @@ def test_drawing_the_rows_anew_spreads_the_mean_as_the_interval_says(of_length):
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_committed_tokens_are_those_that_the_losses_weigh_rows_by(file, task):
-    runs = [run for run in json.loads(file.read_text())["runs"].values() if run.get("task") == task]
-    judged = [run for run in with_row_tokens(runs, file.stem) if "row_losses" in run]
+    runs = json.loads(file.read_text())["runs"]
+    of_task = [run for run in with_row_tokens(runs, runs).values() if run.get("task") == task]
+    judged = [run for run in of_task if "row_losses" in run]
     assert judged
     for run in judged:
         assert statistics.fmean(run["row_losses"], run["row_tokens"]) == pytest.approx(run["loss"], abs=1e-9)

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 from benchmarks.quality.methods import adapted
+from benchmarks.quality.prompts import with_prompts
 from benchmarks.quality.sft import evaluate, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.study import Bench, score
 from preft_hf.data import Sample
-from preft_hf.training import IGNORED_LABEL
 
 RANK = 16
 RATES = (1e-3, 3e-3)
@@ -65,14 +65,4 @@ def _trained(bench: Bench, variant: str, rate: float, seed: int) -> Result:
 def with_suffix(samples: list[Sample], suffix: str, tokenizer: Any) -> list[Sample]:
     """Returns the samples with a text's tokens between prompt and response."""
     ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
-    made = []
-    for sample in samples:
-        begin = sample["labels"].count(IGNORED_LABEL)
-        tokens, labels = sample["input_ids"], sample["labels"]
-        made.append(
-            {
-                "input_ids": [*tokens[:begin], *ids, *tokens[begin:]],
-                "labels": [*labels[:begin], *[IGNORED_LABEL] * len(ids), *labels[begin:]],
-            }
-        )
-    return made
+    return with_prompts(samples, lambda prompt: prompt + ids)

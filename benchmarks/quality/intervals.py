@@ -48,7 +48,7 @@ def each_row_alike(runs: Sequence[Run], others: Sequence[Run]) -> str:
     differences = [] if runs == others else _by_row(runs, others)
     if not differences:
         return ""
-    half = Z_95 * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = rows_half_width(differences, [1] * len(differences))
     return f"{statistics.fmean(differences):+.3f} ± {half:.3f}"
 
 

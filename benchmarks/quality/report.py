@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.intervals import difference, each_row_alike, interval
 from benchmarks.quality.methods import COLOURS, METHODS, NAMES
-from benchmarks.quality.report_parts import TABLES
+from benchmarks.quality.report_parts import TABLES, short_runs
 from benchmarks.quality.store import RESULTS
 
 ROOT = Path(__file__).parents[2]
@@ -25,28 +25,33 @@ Runs = list[dict[str, Any]]
 
 def main() -> None:
     page = PAGE.read_text()
-    for file in sorted(RESULTS.glob("*.json")):
-        data = json.loads(file.read_text())
-        for task in sorted({run["task"] for run in data["runs"].values() if "seed" in run}):
-            runs = [run for run in data["runs"].values() if run.get("task") == task and "seed" in run]
-            runs = with_row_tokens(runs, file.stem)
+    full, parts = _results(RESULTS), {part: _results(RESULTS / part) for part, _, _ in TABLES.values()}
+    for device, data in full.items():
+        runs_of_all = with_row_tokens(data["runs"], data["runs"])
+        short = parts["short"].get(device, {"runs": {}})["runs"]
+        for task in sorted({run["task"] for run in runs_of_all.values() if "seed" in run}):
+            runs = [run for run in runs_of_all.values() if run.get("task") == task and "seed" in run]
             if {run["method"] for run in runs} != set(METHODS):
                 # a task that the study has only begun compares nothing
                 continue
             base = data["runs"][f"part=base task={task}"]
             made_on = where(data) + in_float32(runs, "rank", data["runs"].get(f"part=base task={task} dtype=float32"))
-            page = replaced(page, f"{file.stem} {task} rank", rank_table(runs, base, made_on))
-            page = replaced(page, f"{file.stem} {task} distance", distance_table(runs, base, shorter(file.stem, task)))
-            plot(runs, base, f"{task}, {file.stem}", IMAGES / f"quality-{file.stem}-{task}.png")
+            page = replaced(page, f"{device} {task} rank", rank_table(runs, base, made_on))
+            page = replaced(page, f"{device} {task} distance", distance_table(runs, base, short_runs(short, task)))
+            plot(runs, base, f"{task}, {device}", IMAGES / f"quality-{device}-{task}.png")
     for mark, (part, table, draw) in TABLES.items():
-        for file in sorted((RESULTS / part).glob("*.json")):
-            data = json.loads(file.read_text())
+        for device, data in parts[part].items():
             made_on = where(data) + in_float32(list(data["runs"].values()), "seed")
-            runs = dict(zip(data["runs"], with_row_tokens(data["runs"].values(), file.stem), strict=True))
-            page = replaced(page, f"{file.stem} {mark}", [made_on, "", *table(runs)])
+            runs = with_row_tokens(data["runs"], full.get(device, {"runs": {}})["runs"])
+            page = replaced(page, f"{device} {mark}", [made_on, "", *table(runs)])
             if draw is not None:
-                draw(runs, IMAGES / f"quality-{file.stem}-{part}.png")
+                draw(runs, IMAGES / f"quality-{device}-{part}.png")
     PAGE.write_text(page)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """Returns the results in a folder by the device that they were made on."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def where(data: dict[str, Any]) -> str:
@@ -101,19 +106,14 @@ def rank_table(runs: Runs, base: dict[str, Any], made_on: str) -> list[str]:
     return [f"{test}{noise}. {made_on}", "", *lines]
 
 
-def with_row_tokens(runs: Iterable[dict[str, Any]], device: str) -> Runs:
-    """Returns the runs with the response tokens of each held-out row, where the base model's result tells them."""
-    file = RESULTS / f"{device}.json"
-    bases = json.loads(file.read_text())["runs"].values() if file.exists() else ()
-    tokens = {base["task"]: {"row_tokens": base["row_tokens"]} for base in bases if "row_tokens" in base}
-    return [run | tokens.get(run.get("task"), {}) for run in runs]
+def with_row_tokens(runs: dict[str, Any], bases: dict[str, Any]) -> dict[str, Any]:
+    """Returns the runs with the response tokens of each held-out row, where the base model's result tells them.
 
-
-def shorter(device: str, task: str) -> Runs:
-    """Returns the part short's runs of a task, on its prompts as they are."""
-    file = RESULTS / "short" / f"{device}.json"
-    runs = json.loads(file.read_text())["runs"] if file.exists() else {}
-    return [run for run in runs.values() if run["task"] == task and "form" not in run]
+    Args:
+        bases: runs by key, the base models' among them
+    """
+    tokens = {base["task"]: {"row_tokens": base["row_tokens"]} for base in bases.values() if "row_tokens" in base}
+    return {key: run | tokens.get(run.get("task"), {}) for key, run in runs.items()}
 
 
 def distance_table(runs: Runs, base: dict[str, Any], short: Runs) -> list[str]:

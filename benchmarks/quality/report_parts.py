@@ -44,8 +44,7 @@ def short_table(runs: Runs) -> list[str]:
     """Returns losses by task and method, and the differences to LoRA's seed by seed."""
     rows = [["task", "method", "r", "seeds", "held-out loss", "against LoRA", "each row alike"], ["---"] * 7]
     for task in TASKS:
-        of_task = [run for run in runs.values() if run["task"] == task and "form" not in run]
-        rows += [[task, *row] for row in _against_lora(of_task)]
+        rows += [[task, *row] for row in _against_lora(short_runs(runs, task))]
     return _lines(rows)
 
 
@@ -53,9 +52,13 @@ def prompts_table(runs: Runs) -> list[str]:
     """Returns the same by form of the prompts, for the task whose prompts have several."""
     rows = [["prompts", "method", "r", "seeds", "held-out loss", "against LoRA", "each row alike"], ["---"] * 7]
     for form in FORMS:
-        in_form = [run for run in runs.values() if run["task"] == FORMED and run.get("form", PLAIN) == form]
-        rows += [[form, *row] for row in _against_lora(in_form)]
+        rows += [[form, *row] for row in _against_lora(short_runs(runs, FORMED, form))]
     return _lines(rows)
+
+
+def short_runs(runs: Runs, task: str, form: str = PLAIN) -> list[dict[str, Any]]:
+    """Returns the part short's runs of a task whose prompts have a form."""
+    return [run for run in runs.values() if run["task"] == task and run.get("form", PLAIN) == form]
 
 
 def _against_lora(runs: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
