@@ -88,7 +88,7 @@ def run(hub: Hub, name: str, cache: Path, number: int) -> dict[str, float]:
 def client(name: str, cache: Path, number: int) -> None:
     from huggingface_hub import snapshot_download
 
-    from preft_hf.hub import pull_adapters
+    from preft_core.hub import pull_adapters
 
     places = {f"a{i}": f"org/a{i}" for i in range(number)}
 

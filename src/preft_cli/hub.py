@@ -24,7 +24,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Check adapters and commit each with a model card to the Hub."""
-    from preft_hf.hub import push_adapter
+    from preft_core.hub import push_adapter
 
     if len(adapters) > 1 and "/" in to:
         raise ValueError(
@@ -63,8 +63,8 @@ def pull(
     json: Json = False,
 ) -> None:
     """Download adapters, check them, and say where they are."""
+    from preft_core.hub import pinned, pull_adapters
     from preft_core.manifest import write_manifest
-    from preft_hf.hub import pinned, pull_adapters
 
     adapters = _named(places)
     if len(adapters) == 1 and output is not None and not _is_manifest(places[0]):
@@ -97,7 +97,7 @@ def verify(
 ) -> None:
     """Run every check of the format, and with --base a self-test: does it fit, does decoding stay the base model's?"""
     from preft_core.adapter import AdapterError
-    from preft_hf.hub import pull_adapter
+    from preft_core.hub import pull_adapter
 
     model = None
     if base is not None:

@@ -12,8 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch.distributed.tensor import DTensor
 
 from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
+from preft_core.card import CARD_NAME, model_card
 from preft_core.staging import staging_in
-from preft_hf.card import CARD_NAME, model_card
 from preft_hf.config import PreftConfig, PreftType
 from preft_hf.hub import push_model
 from preft_hf.layer import PreftBlock

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,11 +99,11 @@ def test_a_leak_is_found(tmp_path, monkeypatch):
         try_adapter(tmp_path / "a", make_base())
 
 
-def test_a_process_of_its_own(hub, tmp_path):  # noqa: F811
+def test_a_process_of_its_own_that_imports_no_model_library(hub, tmp_path):  # noqa: F811
     make_preft(make_base()).save_pretrained(tmp_path / "a")
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    settings["HF_HOME"] = str(tmp_path / "home")
-    for arguments in (["push", str(tmp_path / "a"), "--to", "org/mine"], ["pull", "org/mine"]):
+    settings |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPROFILEIMPORTTIME": "1"}
+    for arguments in (["push", str(tmp_path / "a"), "--to", "org/mine"], ["pull", "org/mine"], ["verify", "org/mine"]):
         done = subprocess.run(
             [str(Path(sys.executable).parent / "preft"), *arguments],
             env={**os.environ, **settings},
@@ -110,4 +111,7 @@ def test_a_process_of_its_own(hub, tmp_path):  # noqa: F811
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert "org/mine@" in done.stdout
+        assert "org/mine" in done.stdout
+        imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE))
+        assert "huggingface_hub" in imported
+        assert not imported & {"peft", "transformers"}

@@ -20,19 +20,19 @@ from preft_hf.demo.model import DemoModelError, load_demo_model
 from preft_hf.demo.report import write_report
 from preft_hf.sft import TrainingPlan, evaluate, train
 
-NUM_EVAL_ROWS = 48
 NUM_SHOWN = 6
 DEFAULT_LEARNING_RATES = {"lora": 3e-3, "direft": 3e-3, "loreft": 3e-3}
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """num_steps of batch size 4; method and rank of the adapter; where the results go."""
+    """num_steps of batch size 4; method and rank of the adapter; cities held out; where the results go."""
 
     output: Path
     num_steps: int = 100
     method: str = "lora"
     rank: int = 8
+    num_eval_rows: int = 48
     seed: int = 0
 
 
@@ -52,8 +52,8 @@ def run_demo(plan: DemoPlan, console: Console) -> dict[str, Any]:
     plan.output.mkdir(parents=True, exist_ok=True)
     base, tokenizer = load_demo_model(lambda text: console.print(f"[dim]{text} ..."))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows = city_rows(NUM_EVAL_ROWS + 4 * plan.num_steps, plan.seed)
-    held_out, train_rows = rows[:NUM_EVAL_ROWS], rows[NUM_EVAL_ROWS:]
+    rows = city_rows(plan.num_eval_rows + 4 * plan.num_steps, plan.seed)
+    held_out, train_rows = rows[: plan.num_eval_rows], rows[plan.num_eval_rows :]
     eval_samples, train_samples = _encode(held_out, tokenizer), _encode(train_rows, tokenizer)
     max_new_tokens = 2 + max(sum(label != -100 for label in s["labels"]) for s in train_samples + eval_samples)
     prompts = [row.prompt for row in held_out]
