@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import preft_cli
 from preft_cli.app import app
 from preft_core.adapter import load_adapter
 
+from ..conftest import TGI_PYTHON
 from ..hf.zoo import make_base, make_preft
 from ..hub.conftest import hub  # noqa: F401
 from ..hub.server import TOKEN
 
+SOURCE = Path(preft_cli.__file__).parents[1]
 pytestmark = [
     # peft calls old names of transformers, huggingface_hub an old way of its transport
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -99,13 +102,16 @@ def test_a_leak_is_found(tmp_path, monkeypatch):
         try_adapter(tmp_path / "a", make_base())
 
 
-def test_a_process_of_its_own_that_imports_no_model_library(hub, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "python", [Path(sys.executable), pytest.param(TGI_PYTHON, marks=pytest.mark.tgi)], ids=["ours", "tgi"]
+)
+def test_a_process_of_its_own_that_imports_no_model_library(hub, tmp_path, python):  # noqa: F811
     make_preft(make_base()).save_pretrained(tmp_path / "a")
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    settings |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPROFILEIMPORTTIME": "1"}
+    settings |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPROFILEIMPORTTIME": "1", "PYTHONPATH": str(SOURCE)}
     for arguments in (["push", str(tmp_path / "a"), "--to", "org/mine"], ["pull", "org/mine"], ["verify", "org/mine"]):
         done = subprocess.run(
-            [str(Path(sys.executable).parent / "preft"), *arguments],
+            [str(python), "-c", "from preft_cli.app import main; main()", *arguments],
             env={**os.environ, **settings},
             capture_output=True,
             text=True,
