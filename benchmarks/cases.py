@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from preft_hf import PreftConfig
+from preft_hf.caches import cache_argument
 
 TOLERANCE = 1e-3
 """Largest difference of logits to the oracle: float32 over 30 layers. The adapter itself changes them far more."""
@@ -95,13 +96,13 @@ def prepared(case: Case, base: Any, model: Any, oracle: Any) -> tuple[Callable[[
     ids = torch.randint(0, base.config.vocab_size, (case.batch_size, case.prompt_length))
     tokens = torch.randint(0, base.config.vocab_size, (case.batch_size, 1))
     cache = DynamicCache(config=base.config)
-    expected = oracle(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+    expected = oracle(input_ids=ids, **cache_argument(cache), use_cache=True).logits[:, -1]
     found = model(input_ids=ids, use_cache=True).logits[:, -1]
     _compare(found, expected, "prefill")
     if (found - base(input_ids=ids).logits[:, -1]).abs().max() < 100 * TOLERANCE:
         raise RuntimeError("the adapter changes nothing, so the comparison would prove nothing")
-    decoded = model(input_ids=tokens, past_key_values=copy.deepcopy(cache), prefill_mask=False).logits
-    _compare(decoded, base(input_ids=tokens, past_key_values=copy.deepcopy(cache)).logits, "decode", 0.0)
+    decoded = model(input_ids=tokens, **cache_argument(copy.deepcopy(cache)), prefill_mask=False).logits
+    _compare(decoded, base(input_ids=tokens, **cache_argument(copy.deepcopy(cache))).logits, "decode", 0.0)
     if case.phase == "prefill":
         return (lambda: base(input_ids=ids, use_cache=True)), (lambda: model(input_ids=ids, use_cache=True))
     if case.phase == "generate":
@@ -122,7 +123,7 @@ def _decoding(model: Any, cache: DynamicCache, tokens: Tensor, num_steps: int, *
 
     def run() -> None:
         for _ in range(num_steps):
-            model(input_ids=tokens, past_key_values=own, use_cache=True, **inputs)
+            model(input_ids=tokens, **cache_argument(own), use_cache=True, **inputs)
         own.crop(-(own.get_seq_length() - length))
 
     return run

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from preft_hf import PreftConfig, PreftPool
+from preft_hf.caches import cache_argument, cache_of
 from preft_hf.targets import linear_layers
 
 SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
@@ -162,17 +163,17 @@ def _oracle(system: System, base: Any, ids: Tensor, tokens: Tensor, name: str, f
     method = {"lora-p": "lora", "peft-lora": "lora", "direft-p": "direft"}.get(system.name)
     if method is None:
         first = base(input_ids=ids, use_cache=True)
-        return [first.logits[0, -1], *_decode(base, first.past_key_values, tokens)]
+        return [first.logits[0, -1], *_decode(base, cache_of(first), tokens)]
     with adapted(base, method, folder / method / name):
         first = base(input_ids=ids, use_cache=True)
         if system.adapters_in_decode:
-            return [first.logits[0, -1], *_decode(base, first.past_key_values, tokens)]
-    return [first.logits[0, -1], *_decode(base, first.past_key_values, tokens)]
+            return [first.logits[0, -1], *_decode(base, cache_of(first), tokens)]
+    return [first.logits[0, -1], *_decode(base, cache_of(first), tokens)]
 
 
 def _decode(model: Any, cache: Any, tokens: Tensor) -> list[Tensor]:
     logits = []
     for i in range(tokens.shape[1] - 1):
-        output = model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+        output = model(input_ids=tokens[:, i : i + 1], **cache_argument(cache), use_cache=True)
         logits.append(output.logits[0, -1])
     return logits

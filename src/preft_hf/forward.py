@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from preft_core.slots import SlotPool
-from preft_hf.generation import PromptBoundary, cached_length
+from preft_hf.caches import cache_of, cached_length
+from preft_hf.generation import PromptBoundary
 from preft_hf.layer import PreftLayer
 from preft_hf.packed import PackedAdapters
 from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
@@ -234,8 +235,7 @@ def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> Share
 
 
 def _phase_of_cache(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
-    cache = values.get("past_key_values")
-    length = cached_length(values.get("cache_params") if cache is None else cache)
+    length = cached_length(cache_of(values))
     if length == 0:
         return True
     if length is not None and shape[1] == 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from preft_core.tokens import prefill_span
+from preft_hf.caches import cache_of, cached_length
 from preft_hf.continuous import ContinuousBatching
 from preft_hf.phase import declared_phase
 from preft_hf.routing import Routing, RowAdapters
@@ -100,7 +101,7 @@ class PromptBoundary:
                 "generate_batch, which takes adapter_names"
             )
         outer = self._thread.generation
-        cached = cached_length(kwargs.get("past_key_values")) or 0
+        cached = cached_length(cache_of(kwargs)) or 0
         prompt_length = outer.prompt_length if outer else self._prompt_length(inputs, kwargs, cached)
         adapters = outer.adapters if outer else self._row_adapters(inputs, kwargs)
         kwargs.pop("adapter_names", None)
@@ -122,7 +123,7 @@ class PromptBoundary:
         tokens = model_inputs.get("inputs_embeds")
         tokens = model_inputs["input_ids"] if tokens is None else tokens
         batch_size, num_tokens = tokens.shape[:2]
-        first = _first_position(model_inputs, generation)
+        first = _first_position(model_inputs, num_tokens, generation)
         begin, end = prefill_span(first, num_tokens, generation.prompt_length)
         if end - begin in (0, num_tokens):
             model_inputs["prefill_mask"] = end > begin
@@ -188,21 +189,20 @@ class Replacement:
         return getattr(self.boundary, self.name)(*args, **kwargs)
 
 
-def cached_length(cache: Any) -> int | None:
-    """Returns the tokens in a KV cache; 0 for none, None for a cache without a length. May wait for a device."""
-    if cache is None:
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:
-        # transformers' answer for a cache of state-space layers alone
-        return None
+def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation: Generation) -> int:
+    """Returns the position of a forward's first token.
 
-
-def _first_position(model_inputs: Mapping[str, Any], generation: Generation) -> int:
-    cache = model_inputs.get("past_key_values")
-    cache = model_inputs.get("cache_params") if cache is None else cache
+    Raises:
+        RuntimeError: the forward has no cache and not the whole prompt: its cache must be one that is not known here.
+    """
+    cache = cache_of(model_inputs)
     if cache is None:
+        if num_tokens < generation.prompt_length:
+            raise RuntimeError(
+                f"generate called the model with {num_tokens} tokens of a prompt of {generation.prompt_length}, and "
+                f"none of its arguments ({', '.join(model_inputs)}) is a cache that preft-hf knows, so nothing tells "
+                f"prompt tokens from generated ones: `preft doctor` says which transformers fits"
+            )
         # without a cache every forward starts from the prompt's first token
         return 0
     if generation.num_seen >= generation.prompt_length and getattr(cache, "is_compileable", False):

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from preft_core.adapter import AdapterError
+from preft_hf.caches import cache_argument, cache_of
 
 NUM_TOKENS = 8
 
@@ -57,6 +58,6 @@ def _two_phases(model: Any, ids: Tensor) -> list[int]:
         with contextlib.ExitStack() as without:
             without.enter_context(model.disable_adapter())
             last = torch.tensor([[tokens[-1]]], device=ids.device)
-            output = model(input_ids=last, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=last, **cache_argument(cache_of(output)), use_cache=True)
         tokens.append(int(output.logits[0, -1].argmax()))
     return tokens

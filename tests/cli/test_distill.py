@@ -12,6 +12,7 @@ from preft_core.adapter import load_adapter
 from preft_core.config import AdapterError
 from preft_core.transform import from_lora
 from preft_hf import distillation
+from preft_hf.caches import cache_argument, cache_of
 from preft_hf.data import DataError, Turn, collate, encode_prompts, read_turns
 from preft_hf.distill import (
     agreement,
@@ -79,11 +80,11 @@ def two_phase(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     """Logits of each response token: the prompt with the adapter, then the base model on its cache, token by token."""
     ids = torch.tensor([prompt])
     output = model(input_ids=ids, prefill_mask=torch.ones_like(ids, dtype=torch.bool), use_cache=True)
-    rows, cache = [output.logits[0, -1]], output.past_key_values
+    rows, cache = [output.logits[0, -1]], cache_of(output)
     with model.disable_adapter():
         for token in response[:-1]:
-            output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=torch.tensor([[token]]), **cache_argument(cache), use_cache=True)
+            cache = cache_of(output)
             rows.append(output.logits[0, -1])
     return torch.stack(rows)
 

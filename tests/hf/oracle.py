@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from preft_hf.caches import cache_argument, cache_of
+
 
 def adapted_copy(base: PreTrainedModel, method: str, weights: dict[str, Tensor], scaling: float) -> PreTrainedModel:
     """Returns a copy of the base on which the adapter acts on every token.
@@ -68,7 +70,7 @@ def two_phase_greedy(
     cache = DynamicCache(config=prefill.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     output = prefill(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        input_ids=input_ids, attention_mask=mask, position_ids=positions, **cache_argument(cache), use_cache=True
     )
     tokens, logits = [], []
     for _ in range(num_new):
@@ -80,7 +82,7 @@ def two_phase_greedy(
             input_ids=tokens[-1],
             attention_mask=mask,
             position_ids=position,
-            past_key_values=output.past_key_values,
+            **cache_argument(cache_of(output)),
             use_cache=True,
         )
     return torch.cat(tokens, 1), torch.stack(logits, 1)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 from preft_hf import PreftConfig
+from preft_hf.caches import cache_argument, cache_of
 
 from .cases import GREEDY, NEW_TOKENS, prompt
 from .crowd import BASE, KINDS, NAMES, crowd, prompts
@@ -288,7 +289,7 @@ def test_a_static_cache_of_ones_own():
     c, ids = crowd(), prompts()
     model = c.model("both")
     cache = StaticCache(config=c.base.config, max_cache_len=32)
-    output = model.generate(input_ids=ids, adapter_names=NAMES, past_key_values=cache, **GREEDY)
+    output = model.generate(input_ids=ids, adapter_names=NAMES, **cache_argument(cache), **GREEDY)
     check(output, *c.oracle_rows(NAMES, ids), ids.shape[1])
 
 
@@ -299,11 +300,11 @@ def test_a_second_turn_on_a_kept_cache():
     model = c.model("both")
     first = model.generate(input_ids=ids, adapter_names=names, **GREEDY)
     row = torch.cat([first.sequences, prompt(3, 4, seed=7)], 1)
-    second = model.generate(input_ids=row, adapter_names=names, past_key_values=first.past_key_values, **GREEDY)
+    second = model.generate(input_ids=row, adapter_names=names, **cache_argument(cache_of(first)), **GREEDY)
     for i, name in enumerate(names):
         alone = make_alone(name)
         one = alone.generate(input_ids=ids[i : i + 1], **GREEDY)
-        two = alone.generate(input_ids=row[i : i + 1], past_key_values=one.past_key_values, **GREEDY)
+        two = alone.generate(input_ids=row[i : i + 1], **cache_argument(cache_of(one)), **GREEDY)
         assert torch.equal(second.sequences[i : i + 1], two.sequences)
 
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from preft_hf import preft_phase
+from preft_hf.caches import cache_argument, cache_of
 
 from .cases import GREEDY, case, prompt
 from .zoo import ARCHITECTURES, METHODS, make_base, make_preft
@@ -35,7 +36,7 @@ def operations(model, **inputs) -> collections.Counter:
 def filled_cache(c, ids):
     cache = DynamicCache(config=c.base.config)
     with torch.no_grad():
-        c.adapted(input_ids=ids, past_key_values=cache, use_cache=True)
+        c.adapted(input_ids=ids, **cache_argument(cache), use_cache=True)
     return cache
 
 
@@ -43,12 +44,12 @@ def filled_cache(c, ids):
 def test_decode_runs_the_operations_of_the_base_model(architecture, method):
     c, ids, token = case(architecture, method), prompt(), prompt(2, 1, seed=5)
     cache = filled_cache(c, ids)
-    base = operations(c.base, input_ids=token, past_key_values=copy.deepcopy(cache))
+    base = operations(c.base, input_ids=token, **cache_argument(copy.deepcopy(cache)))
     with preft_phase("decode"):
-        found = operations(c.model, input_ids=token, past_key_values=copy.deepcopy(cache))
+        found = operations(c.model, input_ids=token, **cache_argument(copy.deepcopy(cache)))
     assert found == base
     with preft_phase("prefill"):
-        prefill = operations(c.model, input_ids=token, past_key_values=cache)
+        prefill = operations(c.model, input_ids=token, **cache_argument(cache))
     assert sum(prefill.values()) > sum(base.values())
 
 
@@ -91,9 +92,9 @@ def test_decode_is_the_base_model_bit_for_bit_and_reads_nothing_of_the_adapter(a
         if "preft_" in name:
             parameter.data.fill_(float("nan"))
     with torch.no_grad(), preft_phase("decode"):
-        found = model(input_ids=token, past_key_values=filled_cache(c, ids), use_cache=True).logits
+        found = model(input_ids=token, **cache_argument(filled_cache(c, ids)), use_cache=True).logits
     with torch.no_grad():
-        expected = c.base(input_ids=token, past_key_values=filled_cache(c, ids), use_cache=True).logits
+        expected = c.base(input_ids=token, **cache_argument(filled_cache(c, ids)), use_cache=True).logits
     assert torch.equal(found, expected)
 
 
@@ -103,12 +104,12 @@ def test_the_adapter_reaches_decode_through_the_cache_alone():
     first = make_preft(make_base(), "lora", seed=1)
     second = make_preft(make_base(), "lora", seed=2)
     with torch.no_grad():
-        cache = first(input_ids=ids, use_cache=True).past_key_values
-        other = second(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(first(input_ids=ids, use_cache=True))
+        other = cache_of(second(input_ids=ids, use_cache=True))
         with preft_phase("decode"):
-            a = first(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
-            b = second(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
-            c = first(input_ids=token, past_key_values=other).logits
+            a = first(input_ids=token, **cache_argument(copy.deepcopy(cache))).logits
+            b = second(input_ids=token, **cache_argument(copy.deepcopy(cache))).logits
+            c = first(input_ids=token, **cache_argument(other)).logits
     assert torch.equal(a, b)
     assert not torch.allclose(a, c, atol=1e-3)
 

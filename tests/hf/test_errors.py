@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from preft_hf import PrefillMaskCollator, PreftConfig, expand_turns, preft_phase
+from preft_hf.caches import cache_argument, cache_of
 
 from .cases import GREEDY, prompt
 from .zoo import make_base, make_preft
@@ -164,9 +165,9 @@ def test_a_failed_forward_leaves_no_phase_behind():
 
 def test_several_tokens_on_a_cache_are_ambiguous():
     model = make_preft(make_base())
-    cache = model(input_ids=prompt(), use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=prompt(), use_cache=True))
     with pytest.raises(ValueError, match=r"3 tokens on a cache of 9 tokens.*preft_phase"):
-        model(input_ids=prompt(2, 3), past_key_values=cache)
+        model(input_ids=prompt(2, 3), **cache_argument(cache))
 
 
 def test_preft_phase_takes_two_words_and_does_not_nest():

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from preft_hf import preft_phase
+from preft_hf.caches import cache_argument, cache_of
 
 from .cases import GREEDY, NEW_TOKENS, Case, case, prompt
 from .oracle import two_phase_greedy
@@ -124,10 +125,10 @@ def test_sampling_draws_from_the_two_phase_distribution(architecture, method):
 
 @torch.no_grad()
 def forced_logits(c: Case, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    output = c.adapted(input_ids=ids, past_key_values=DynamicCache(config=c.base.config), use_cache=True)
+    output = c.adapted(input_ids=ids, **cache_argument(DynamicCache(config=c.base.config)), use_cache=True)
     logits = [output.logits[:, -1]]
     for i in range(tokens.shape[1] - 1):
-        output = c.base(input_ids=tokens[:, i : i + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = c.base(input_ids=tokens[:, i : i + 1], **cache_argument(cache_of(output)), use_cache=True)
         logits.append(output.logits[:, -1])
     return torch.stack(logits, 1)
 
@@ -205,27 +206,27 @@ def test_continue_from_a_cache(architecture, method):
 
     cache = DynamicCache(config=c.base.config)
     with torch.no_grad():
-        c.adapted(input_ids=ids, past_key_values=cache, use_cache=True)
+        c.adapted(input_ids=ids, **cache_argument(cache), use_cache=True)
         for i in range(NEW_TOKENS - 1):
-            c.base(input_ids=answer[:, i : i + 1], past_key_values=cache, use_cache=True)
+            c.base(input_ids=answer[:, i : i + 1], **cache_argument(cache), use_cache=True)
         # the last generated token has not been through the model: it is part of the new prompt
-        output = c.adapted(input_ids=torch.cat([answer[:, -1:], more], 1), past_key_values=cache, use_cache=True)
+        output = c.adapted(input_ids=torch.cat([answer[:, -1:], more], 1), **cache_argument(cache), use_cache=True)
         expected = []
         for _ in range(NEW_TOKENS):
             expected.append(output.logits[:, -1].argmax(-1, keepdim=True))
-            output = c.base(input_ids=expected[-1], past_key_values=cache, use_cache=True)
+            output = c.base(input_ids=expected[-1], **cache_argument(cache), use_cache=True)
     expected = torch.cat(expected, 1)
 
     everything = torch.cat([first.sequences, more], 1)
-    assert first.past_key_values.get_seq_length() == everything.shape[1] - more.shape[1] - 1
-    full = copy.deepcopy(first.past_key_values)
-    output = c.model.generate(input_ids=everything, past_key_values=full, **GREEDY)
+    assert cache_of(first).get_seq_length() == everything.shape[1] - more.shape[1] - 1
+    full = copy.deepcopy(cache_of(first))
+    output = c.model.generate(input_ids=everything, **cache_argument(full), **GREEDY)
     assert torch.equal(output.sequences[:, everything.shape[1] :], expected)
     new = torch.cat([answer[:, -1:], more], 1)
     output = c.model.generate(
         input_ids=new,
         attention_mask=torch.ones_like(everything),
-        past_key_values=first.past_key_values,
+        **cache_argument(cache_of(first)),
         **GREEDY,
     )
     assert torch.equal(output.sequences[:, new.shape[1] :], expected)
@@ -239,12 +240,12 @@ def test_hand_written_loop_with_declared_phases(architecture, method):
     found = []
     with torch.no_grad():
         with preft_phase("prefill"):
-            c.model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
-            output = c.model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
+            c.model(input_ids=ids[:, :5], **cache_argument(cache), use_cache=True)
+            output = c.model(input_ids=ids[:, 5:], **cache_argument(cache), use_cache=True)
         with preft_phase("decode"):
             for _ in range(NEW_TOKENS):
                 found.append(output.logits[:, -1].argmax(-1, keepdim=True))
-                output = c.model(input_ids=found[-1], past_key_values=cache, use_cache=True)
+                output = c.model(input_ids=found[-1], **cache_argument(cache), use_cache=True)
     assert torch.equal(torch.cat(found, 1), tokens)
 
 
@@ -254,7 +255,7 @@ def test_hand_written_loop_by_the_cache():
     output, found = c.model(input_ids=ids, use_cache=True), []
     for _ in range(NEW_TOKENS):
         found.append(output.logits[:, -1].argmax(-1, keepdim=True))
-        output = c.model(input_ids=found[-1], past_key_values=output.past_key_values, use_cache=True)
+        output = c.model(input_ids=found[-1], **cache_argument(cache_of(output)), use_cache=True)
     assert torch.equal(torch.cat(found, 1), tokens)
 
 
@@ -292,12 +293,12 @@ def test_compiled_decode_is_one_graph_without_breaks(method):
     compiled = torch.compile(inner.__call__, fullgraph=True, backend=backend, dynamic=False)
     cache = StaticCache(config=inner.config, max_cache_len=32)
     with torch.no_grad():
-        output = compiled(input_ids=ids, past_key_values=cache, use_cache=True, prefill_mask=True)
+        output = compiled(input_ids=ids, **cache_argument(cache), use_cache=True, prefill_mask=True)
         found = [output.logits[:, -1]]
         for _ in range(NEW_TOKENS - 1):
             token = found[-1].argmax(-1, keepdim=True)
             found.append(
-                compiled(input_ids=token, past_key_values=cache, use_cache=True, prefill_mask=False).logits[:, -1]
+                compiled(input_ids=token, **cache_argument(cache), use_cache=True, prefill_mask=False).logits[:, -1]
             )
     torch._dynamo.reset()
     assert len(graphs) == 2
@@ -319,7 +320,8 @@ def test_state_space_models(architecture, method, use_cache):
         for _ in range(NEW_TOKENS):
             logits.append(output.logits[:, -1])
             tokens.append(logits[-1].argmax(-1, keepdim=True))
-            output = c.base(input_ids=tokens[-1], cache_params=output.cache_params, use_cache=True)
+            name = next(name for name in ("cache", "cache_params") if name in output)
+            output = c.base(input_ids=tokens[-1], **{name: output[name]}, use_cache=True)
     found = c.model.generate(input_ids=ids, use_cache=use_cache, **GREEDY)
     check(found, torch.cat(tokens, 1), torch.stack(logits, 1), ids.shape[1])
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from preft_hf import PreftConfig, preft_phase
+from preft_hf.caches import cache_of
 
 from .cases import GREEDY, case, prompt
 from .oracle import adapted_copy, two_phase_greedy
@@ -203,7 +204,7 @@ def test_linear_layers_of_any_backend_take_an_adapter(tmp_path):
     with torch.no_grad(), preft_phase("decode"):
         assert torch.equal(model(input_ids=prompt()).logits, plain(input_ids=prompt()).logits)
     with torch.no_grad():
-        cache = model(input_ids=prompt(), use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=prompt(), use_cache=True))
         assert not torch.allclose(model(input_ids=prompt()).logits, plain(input_ids=prompt()).logits, atol=1e-2)
         assert isinstance(cache, DynamicCache)
     labels = prompt().masked_fill(torch.arange(9) < 5, -100)

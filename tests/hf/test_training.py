@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from preft_core.ops import orthonormal_rows
 from preft_hf import PrefillMaskCollator, expand_turns
+from preft_hf.caches import cache_argument
 from preft_hf.training import CheckpointWithPhase
 
 from .cases import case, prompt
@@ -42,8 +43,8 @@ def two_phase_loss(adapted, base) -> Tensor:
     losses = []
     for ids, num_prompt in rows():
         cache = DynamicCache(config=base.config)
-        first = adapted(input_ids=ids[:, :num_prompt], past_key_values=cache, use_cache=True).logits[:, -1:]
-        rest = base(input_ids=ids[:, num_prompt:], past_key_values=cache, use_cache=True).logits
+        first = adapted(input_ids=ids[:, :num_prompt], **cache_argument(cache), use_cache=True).logits[:, -1:]
+        rest = base(input_ids=ids[:, num_prompt:], **cache_argument(cache), use_cache=True).logits
         logits = torch.cat([first, rest[:, :-1]], 1)
         losses.append(cross_entropy(logits[0], ids[0, num_prompt:], reduction="none"))
     return torch.cat(losses).mean()

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from preft_hf.caches import cache_argument, cache_of
+
 
 class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
@@ -33,10 +35,10 @@ def compare_operations(model: Any, input_ids: torch.Tensor) -> dict[str, int | b
     """
     token = input_ids[:, -1:]
     prefill, output = operations_of(model, input_ids=input_ids)
-    decode, _ = operations_of(model, input_ids=token, past_key_values=output.past_key_values)
+    decode, _ = operations_of(model, input_ids=token, **cache_argument(cache_of(output)))
     with model.disable_adapter():
         base_prefill, output = operations_of(model, input_ids=input_ids)
-        base_decode, _ = operations_of(model, input_ids=token, past_key_values=output.past_key_values)
+        base_decode, _ = operations_of(model, input_ids=token, **cache_argument(cache_of(output)))
     return {
         "prefill": sum(prefill.values()),
         "prefill_base": sum(base_prefill.values()),

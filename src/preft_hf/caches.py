@@ -1,0 +1,40 @@
+"""The KV cache among a forward's arguments and outputs: transformers 5.24 renamed it."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# of 5.24 and later, before, and of state-space models before
+_NAMES = ("cache", "past_key_values", "cache_params")
+_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """Returns the cache among a model's arguments or outputs, None if there is none.
+
+    A cache that is not seen would make every forward look like a prompt's first, and adapt generated tokens. So
+    one under a name that is not known is found by its class.
+    """
+    for name in _NAMES:
+        if values.get(name) is not None:
+            return values[name]
+    return next((value for value in values.values() if isinstance(value, Cache)), None)
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """Returns the keyword argument that gives a model a cache, by the name that the installed transformers has."""
+    return {_NAME: cache}
+
+
+def cached_length(cache: Any) -> int | None:
+    """Returns the tokens in a KV cache; 0 for none, None for a cache without a length. May wait for a device."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        # transformers' answer for a cache of state-space layers alone
+        return None
