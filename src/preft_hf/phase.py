@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Literal
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import disable, is_compiling
 
 from preft_core.layout import Bucket
 from preft_core.tokens import Segments
@@ -102,9 +102,14 @@ class ForwardPhase:
 
     def begin(self, phase: Phase) -> None:
         """Sets the phase of the forward that starts now in this thread."""
-        if is_compiling():
+        if is_compiling() and not isinstance(phase, RoutedRows):
             self._traced = phase
-            return
+        else:
+            self._begin(phase)
+
+    # Rows of several adapters break the graph anyway, and a layer that gave up compiling reads the thread's phase.
+    @disable
+    def _begin(self, phase: Phase) -> None:
         self._thread.phase = phase
         with self._lock:
             self._threads_in_forward.add(threading.get_ident())
@@ -112,9 +117,13 @@ class ForwardPhase:
 
     def end(self) -> None:
         """Forgets the phase: until the next `begin`, adapter layers refuse to run in this thread."""
-        if is_compiling():
+        if is_compiling() and not isinstance(self._traced, RoutedRows):
             self._traced = Undecided.UNSET
-            return
+        else:
+            self._end()
+
+    @disable
+    def _end(self) -> None:
         self._thread.phase = Undecided.UNSET
         with self._lock:
             self._threads_in_forward.discard(threading.get_ident())

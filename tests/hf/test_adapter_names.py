@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from preft_hf import PreftConfig
 from preft_hf.caches import cache_argument, cache_of
+from preft_hf.layer import PreftLinear
 
 from .cases import GREEDY, NEW_TOKENS, prompt
 from .crowd import BASE, KINDS, NAMES, crowd, prompts
@@ -283,6 +284,19 @@ def test_a_compiled_model(kind):
         other = model(input_ids=ids, adapter_names=NAMES[::-1]).logits
     assert (found - expected).abs().max() <= TOLERANCE
     assert (again - other).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_are_not_compiled_in_a_model_that_is(kind):
+    """As after too many recompilations, when torch gives a function up."""
+    c, ids = crowd(), prompts()
+    model = c.model(kind)
+    with torch.no_grad():
+        expected = model(input_ids=ids, adapter_names=NAMES).logits
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(PreftLinear, "forward", torch.compiler.disable(PreftLinear.forward))
+            found = torch.compile(model, backend="eager")(input_ids=ids, adapter_names=NAMES).logits
+    assert (found - expected).abs().max() <= TOLERANCE
 
 
 def test_a_static_cache_of_ones_own():
