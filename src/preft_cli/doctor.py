@@ -33,7 +33,8 @@ if u.find_spec("torch"):
         found["gpu"] = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory >> 30} GiB"
 print(json.dumps(found))
 """
-_TESTED = {"transformers": "5.19", "peft": "0.21"}
+# from, and below: as pyproject.toml has it
+_TESTED = {"transformers": ("5.19", "5.24"), "peft": ("0.21", "0.22")}
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,15 @@ def _transformers(found: dict) -> Finding:
     versions = f"transformers {found['transformers']}, peft {found['peft']}, trl {found['trl']}"
     if not (found["transformers"] and found["peft"]):
         return Finding("transformers", versions, "missing", "to train or generate: pip install preft-hf")
-    old = [f"{name} {least}" for name, least in _TESTED.items() if _number(found[name]) < _number(least)]
-    if old:
-        # as beside an engine that pins older ones
-        return Finding(
-            "transformers", versions, "missing", f"training needs {' and '.join(old)}, in another environment"
-        )
+    needed = [
+        f"{name} from {least} and below {bound}"
+        for name, (least, bound) in _TESTED.items()
+        if not _number(least) <= _number(found[name]) < _number(bound)
+    ]
+    if needed:
+        # as beside an engine that pins others
+        todo = f"to train or generate: {' and '.join(needed)}, in another environment"
+        return Finding("transformers", versions, "missing", todo)
     return Finding("transformers", versions, "ok")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,18 @@ def test_an_engine_whose_seams_do_not_hold_is_a_fault(monkeypatch):
     assert refused["TGI"].state == "fault"
 
 
-def test_older_libraries_beside_an_engine_are_no_fault(monkeypatch):
-    found = answers(monkeypatch, ALONE | {"torch": "2.13.0", "transformers": "5.18.0", "peft": "0.21.2"})
+@pytest.mark.parametrize("version", ["5.18.0", "5.24.0"])
+def test_other_libraries_beside_an_engine_are_no_fault(monkeypatch, version):
+    found = answers(monkeypatch, ALONE | {"torch": "2.13.0", "transformers": version, "peft": "0.21.2"})
     assert found["transformers"].state == "missing"
-    assert "transformers 5.19" in found["transformers"].todo
+    assert "transformers from 5.19 and below 5.24, in" in found["transformers"].todo
     assert answers(monkeypatch, ALONE)["torch"].state == "fault"
+
+
+def test_doctor_and_pip_agree_on_versions():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for name, (least, bound) in doctor._TESTED.items():
+        assert f"{name}>={least},<{bound}" in project["dependencies"]
 
 
 def test_a_python_that_is_none_is_refused():
