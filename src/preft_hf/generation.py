@@ -193,13 +193,14 @@ def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation
     """Returns the position of a forward's first token.
 
     Raises:
-        RuntimeError: the forward has no cache and not the whole prompt: its cache must be one that is not known here.
+        RuntimeError: the forward has no cache, and not the prompt and more tokens than the forward before: its cache
+            must be one that is not known here.
     """
     cache = cache_of(model_inputs)
     if cache is None:
-        if num_tokens < generation.prompt_length:
+        if num_tokens < generation.prompt_length or num_tokens <= generation.num_seen:
             raise RuntimeError(
-                f"generate called the model with {num_tokens} tokens of a prompt of {generation.prompt_length}, and "
+                f"generate called the model with {num_tokens} tokens, for a prompt of {generation.prompt_length}, and "
                 f"none of its arguments ({', '.join(model_inputs)}) is a cache that preft-hf knows, so nothing tells "
                 f"prompt tokens from generated ones: `preft doctor` says which transformers fits"
             )

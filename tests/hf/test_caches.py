@@ -51,6 +51,7 @@ def test_a_cache_is_found_by_its_class():
     torch.testing.assert_close(second, logits[:, 1])
 
 
-def test_a_cache_that_is_not_seen_is_an_error():
-    with pytest.raises(RuntimeError, match=r"1 tokens of a prompt of 9.*kv.*preft doctor"):
-        renamed(Boxed).generate(input_ids=prompt(), **GREEDY)
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_a_cache_that_is_not_seen_is_an_error(length):
+    with pytest.raises(RuntimeError, match=rf"1 tokens, for a prompt of {length}, .*kv.*preft doctor"):
+        renamed(Boxed).generate(input_ids=prompt(length=length), **GREEDY)
