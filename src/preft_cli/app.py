@@ -56,6 +56,7 @@ def demo(
     method: Annotated[Method, typer.Option(help="LoRA-P, DiReFT-P or LoReFT.")] = Method.lora,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of data order and adapter.")] = 0,
+    eval_rows: Annotated[int, typer.Option(min=1, help="Cities that are held out and answered.")] = 48,
 ) -> None:
     """Finetune SmolLM2-135M on city cards, load the adapter in a fresh process, and look at what decoding runs.
 
@@ -64,7 +65,8 @@ def demo(
     quiet()
     from preft_hf.demo.run import DemoPlan, run_demo
 
-    run_demo(DemoPlan(output, steps, method.value, rank, seed), Console())
+    plan = DemoPlan(output=output, num_steps=steps, method=method.value, rank=rank, seed=seed, num_eval_rows=eval_rows)
+    run_demo(plan, Console())
 
 
 @app.command()

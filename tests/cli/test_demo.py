@@ -4,14 +4,13 @@ import json
 import zipfile
 
 import pytest
-from rich.console import Console
 
 from preft_hf.demo import model as demo_model
 from preft_hf.demo.model import DemoModelError, demo_model_directory, is_cached
 from preft_hf.demo.operations import compare_operations
-from preft_hf.demo.run import DemoPlan, run_demo
 
 from ..hf.zoo import make_base, make_preft
+from .process import preft
 
 
 @pytest.fixture
@@ -91,13 +90,13 @@ def test_the_live_check_counts_what_runs():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_cached(), reason="the demo's model is not in the cache: run `make demo` once")
-# as the command line does, which trains under the same filters
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_demo_runs(tmp_path):
-    metrics = run_demo(DemoPlan(tmp_path, num_steps=3, num_eval_rows=6), Console(quiet=True))
+    done = preft("demo", "--steps", 3, "--eval-rows", 6, "--seed", 1, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "no adapter operation" in done.stdout
+    names = {"adapter", "loss.png", "metrics.json", "summary.md"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["num_steps"], metrics["num_eval_rows"], metrics["seed"]) == (3, 6, 1)
     assert metrics["operations"]["decode_is_base"] is True
     assert metrics["eval_loss"]["preft"] < metrics["eval_loss"]["base"]
-    names = {"adapter", "loss.png", "metrics.json", "summary.md"}
-    assert {file.name for file in tmp_path.iterdir()} == names
-    assert json.loads((tmp_path / "metrics.json").read_text())["num_eval_rows"] == 6

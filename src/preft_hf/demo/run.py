@@ -24,16 +24,16 @@ NUM_SHOWN = 6
 DEFAULT_LEARNING_RATES = {"lora": 3e-3, "direft": 3e-3, "loreft": 3e-3}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoPlan:
-    """num_steps of batch size 4; method and rank of the adapter; cities held out; where the results go."""
+    """num_steps of batch size 4; method and rank of the adapter; where the results go; cities held out."""
 
     output: Path
     num_steps: int = 100
     method: str = "lora"
     rank: int = 8
-    num_eval_rows: int = 48
     seed: int = 0
+    num_eval_rows: int = 48
 
 
 def run_demo(plan: DemoPlan, console: Console) -> dict[str, Any]:
