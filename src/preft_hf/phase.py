@@ -105,7 +105,7 @@ class ForwardPhase:
         if is_compiling() and not isinstance(phase, RoutedRows):
             self._traced = phase
         else:
-            self._begin(phase)
+            self._begin(phase)  # pyright: ignore[reportAttributeAccessIssue]
 
     # Rows of several adapters break the graph anyway, and a layer that gave up compiling reads the thread's phase.
     @disable
@@ -120,7 +120,7 @@ class ForwardPhase:
         if is_compiling() and not isinstance(self._traced, RoutedRows):
             self._traced = Undecided.UNSET
         else:
-            self._end()
+            self._end()  # pyright: ignore[reportAttributeAccessIssue]
 
     @disable
     def _end(self) -> None:
