@@ -180,13 +180,13 @@ def preft_phase(phase: Literal["prefill", "decode"]) -> Iterator[None]:
     """Declares that every token of the forwards inside is prefill, or that every one is decode.
 
     For hand-written loops; `generate` and rows with labels know by themselves. Under torch.compile pass
-    `prefill_mask=True` or `prefill_mask=False` to the model instead, which compiles without a graph break. Before
-    transformers 5.24 the cache was called `past_key_values`.
+    `prefill_mask=True` or `prefill_mask=False` to the model instead, which compiles without a graph break. From
+    transformers 5.24 on the cache is called `cache`.
 
         with preft_phase("prefill"):
             output = model(input_ids=prompt)
         with preft_phase("decode"):
-            output = model(input_ids=token, cache=output.cache)
+            output = model(input_ids=token, past_key_values=output.past_key_values)
 
     Args:
         phase: "prefill" (adapted) or "decode" (base model)
