@@ -22,8 +22,9 @@ ATTRIBUTE = "_preft_attachment"
 
 
 class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.adapters: RowAdapters | PackedAdapters | None = None
+    # as in preft_hf.phase
+    __slots__ = ()
+    adapters: RowAdapters | PackedAdapters | None
 
     def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
         return _ThreadState, ()
@@ -83,7 +84,7 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs.pop("prefill_mask", None)
         adapters = self._row_adapters(module, kwargs.pop("adapter_names", None))
-        values = dict(zip(self._parameter_names, args, strict=False)) | kwargs
+        values = {**dict(zip(self._parameter_names[: len(args)], args, strict=False)), **kwargs}
         if self.awaiting:
             raise RuntimeError(
                 f"adapter {', '.join(sorted(self.awaiting))} was made from a saved config but its weights were not "
@@ -99,9 +100,8 @@ class Attachment:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.phase.end()
-        if not torch.compiler.is_compiling() and self._of_forward.adapters is not None:
-            self._of_forward.adapters.release()
-            self._of_forward.adapters = None
+        if getattr(self._of_forward, "adapters", None) is not None:
+            self._let_go()  # pyright: ignore[reportAttributeAccessIssue]
         if self.phase.reached is not None:
             self._check_reach(self.phase.reached, completed=output is not None)
 
@@ -128,15 +128,23 @@ class Attachment:
         """Returns the adapters of the rows: those that generate passes on, or that this forward was given itself."""
         if isinstance(given, RowAdapters):
             return given
-        if isinstance(given, PackedAdapters):
-            self._of_forward.adapters = given
-            return given
-        names = self.routing.declared if given is None else given
-        if names is None:
+        given = self.routing.declared if given is None else given
+        if given is None:
             return None
-        adapters = self.routing.of(names, module.training)
+        return self._take(given, module.training)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.compiler.disable
+    def _take(self, given: Any, training: bool) -> RowAdapters | PackedAdapters:
+        """Returns the adapters of this forward alone, which `_let_go` unpins at its end."""
+        adapters = given if isinstance(given, PackedAdapters) else self.routing.of(given, training)
         self._of_forward.adapters = adapters
         return adapters
+
+    @torch.compiler.disable
+    def _let_go(self) -> None:
+        adapters, self._of_forward.adapters = self._of_forward.adapters, None
+        if adapters is not None:
+            adapters.release()
 
     def _decide(
         self,
@@ -153,7 +161,7 @@ class Attachment:
         phase = self._prefill(module, values, mask, adapters is not None, tuple(tokens.shape[:2]))
         if adapters is None:
             return phase
-        return adapters.phase(phase, tuple(tokens.shape[:2]), tokens.device)
+        return _routed(adapters, phase, tuple(tokens.shape[:2]), tokens.device)  # pyright: ignore[reportCallIssue]
 
     def _prefill(
         self,
@@ -201,6 +209,13 @@ def pool_of(model: nn.Module) -> SlotPool | None:
     """Returns the slots of the model's PreftPool, if it has one."""
     attachment = model.__dict__.get(ATTRIBUTE)
     return None if attachment is None else attachment.routing.pool
+
+
+@torch.compiler.disable
+def _routed(
+    adapters: RowAdapters | PackedAdapters, prefill: SharedPhase, shape: tuple[int, int], device: torch.device
+) -> Phase:
+    return adapters.phase(prefill, shape, device)
 
 
 def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> SharedPhase:

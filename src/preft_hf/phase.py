@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Literal
 
 from torch import Tensor
-from torch.compiler import disable, is_compiling
+from torch.compiler import is_compiling
 
 from preft_core.layout import Bucket
 from preft_core.tokens import Segments
@@ -17,10 +17,9 @@ _DECLARED_PHASE: ContextVar[str | None] = ContextVar("preft_phase", default=None
 
 
 class Undecided(Enum):
-    """No forward is running (UNSET), or several threads run one at once (SHARED), so no token has a phase."""
+    """No forward is running, so no token has a phase."""
 
     UNSET = "unset"
-    SHARED = "shared"
 
 
 class PrefillRows:
@@ -74,27 +73,21 @@ def phase_of_mask(mask: Tensor) -> SharedPhase:
     return PrefillRows(mask, index)
 
 
-class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.phase: Phase | Undecided = Undecided.UNSET
-
-
 class ForwardPhase:
     """The phase of the forward that is running on one model, kept apart for each thread.
 
     The model's pre-forward hook calls `begin`, the adapter layers ask `current`, the post-forward hook calls `end`.
-    torch.compile can trace neither thread-local nor context variables, so traced code reads a plain attribute. It
-    holds the phase while one thread is in a forward, and SHARED, which layers refuse, while several are.
+    torch.compile traces all three. What it does not compile, after a graph break or because torch gave a layer up,
+    finds the phase where the compiled part has left it, in the same thread.
 
     Attributes:
         reached: ids of the adapter layers that have run, while somebody counts them; else None
     """
 
     def __init__(self) -> None:
-        self._thread = _ThreadState()
-        self._lock = threading.Lock()
-        self._threads_in_forward: set[int] = set()
-        self._traced: Phase | Undecided = Undecided.UNSET
+        # torch.compile traces it. Of a subclass it loses what traced code writes, without an error, unless that has
+        # __slots__, and fails on attributes of the class (torch 2.13).
+        self._thread = threading.local()
         self.reached: set[int] | None = None
 
     def __reduce__(self) -> tuple[type["ForwardPhase"], tuple[()]]:
@@ -102,49 +95,22 @@ class ForwardPhase:
 
     def begin(self, phase: Phase) -> None:
         """Sets the phase of the forward that starts now in this thread."""
-        if is_compiling() and not isinstance(phase, RoutedRows):
-            self._traced = phase
-        else:
-            self._begin(phase)  # pyright: ignore[reportAttributeAccessIssue]
-
-    # Rows of several adapters break the graph anyway, and a layer that gave up compiling reads the thread's phase.
-    @disable
-    def _begin(self, phase: Phase) -> None:
         self._thread.phase = phase
-        with self._lock:
-            self._threads_in_forward.add(threading.get_ident())
-            self._traced = phase if len(self._threads_in_forward) == 1 else Undecided.SHARED
 
     def end(self) -> None:
         """Forgets the phase: until the next `begin`, adapter layers refuse to run in this thread."""
-        if is_compiling() and not isinstance(self._traced, RoutedRows):
-            self._traced = Undecided.UNSET
-        else:
-            self._end()  # pyright: ignore[reportAttributeAccessIssue]
-
-    @disable
-    def _end(self) -> None:
         self._thread.phase = Undecided.UNSET
-        with self._lock:
-            self._threads_in_forward.discard(threading.get_ident())
-            self._traced = Undecided.SHARED if self._threads_in_forward else Undecided.UNSET
 
     def current(self) -> SharedPhase:
         """Returns the phase of the running forward, else the one that `preft_phase` declares; no RoutedRows.
 
         Raises:
-            RuntimeError: no forward of the model is running and nothing was declared, or compiled code runs in
-                several threads at once.
+            RuntimeError: no forward of the model is running and nothing was declared.
         """
-        phase = self._traced if is_compiling() else self._thread.phase
+        phase = self.snapshot()
         if not isinstance(phase, Undecided):
             assert not isinstance(phase, RoutedRows)
             return phase
-        if phase is Undecided.SHARED:
-            raise RuntimeError(
-                "several threads run forwards of one compiled PreFT model at the same time, so its layers cannot tell "
-                "whose tokens are prefill: give each thread its own copy of the model, or do not compile it"
-            )
         declared = declared_phase()
         if declared is None:
             raise RuntimeError(
@@ -156,12 +122,12 @@ class ForwardPhase:
 
     def snapshot(self) -> Phase | Undecided:
         """Returns this thread's state, for `replay`."""
-        return self._traced if is_compiling() else self._thread.phase
+        return getattr(self._thread, "phase", Undecided.UNSET)
 
     @contextmanager
     def replay(self, phase: Phase | Undecided) -> Iterator[None]:
         """Runs a recomputation under the phase that its first computation had; then restores this thread's state."""
-        before = self._thread.phase
+        before = self.snapshot()
         self._thread.phase = phase
         try:
             yield

@@ -132,7 +132,7 @@ class Routing:
     @property
     def declared(self) -> list[str] | None:
         """The names that PEFT's forward or generate was given in this thread."""
-        # Traced code reads a stale value of a thread's state, so it leaves the graph where any thread declares names.
+        # Names read in traced code would be a guard, so it leaves the graph where any thread declares some.
         return self._read() if self._num_declaring else None  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager

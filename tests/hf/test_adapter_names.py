@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from preft_hf import PreftConfig
 from preft_hf.caches import cache_argument, cache_of
+from preft_hf.forward import pool_of
 from preft_hf.layer import PreftLinear
 
 from .cases import GREEDY, NEW_TOKENS, prompt
@@ -284,6 +285,8 @@ def test_a_compiled_model(kind):
         other = model(input_ids=ids, adapter_names=NAMES[::-1]).logits
     assert (found - expected).abs().max() <= TOLERANCE
     assert (again - other).abs().max() <= TOLERANCE
+    pool = pool_of(inner(model))
+    assert not any(pool.resident().values() if pool is not None else ()), "an adapter that stays pinned"
 
 
 @pytest.mark.parametrize("kind", KINDS)

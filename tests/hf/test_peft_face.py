@@ -1,6 +1,5 @@
 """What a user of PEFT expects of any adapter: several, switched, disabled, copied, removed, in threads."""
 
-import contextlib
 import copy
 import threading
 
@@ -275,45 +274,6 @@ def test_threads_do_not_see_each_others_phase():
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_compiled_layers_in_two_threads_are_right_or_refused(fullgraph):
-    """torch.compile cannot read thread-local state: what it cannot leave to eager code has to fail, not to guess."""
-    model, expected = make_preft(make_base()), case("llama", "lora").model
-    layer = model.get_base_model().model.layers[0]
-    torch._dynamo.reset()
-    layer.mlp.forward = torch.compile(layer.mlp.forward, backend="eager", fullgraph=fullgraph)
-    inside, go_on = threading.Event(), threading.Event()
-
-    def decode_slowly() -> None:
-        def wait(module, args):
-            if threading.current_thread() is other:
-                inside.set()
-                go_on.wait(20)
-
-        handle = layer.register_forward_pre_hook(wait)
-        with torch.no_grad(), preft_phase("decode"), contextlib.suppress(Exception):
-            model(input_ids=prompt())
-        handle.remove()
-
-    with torch.no_grad():
-        reference = expected(input_ids=prompt()).logits
-        assert torch.allclose(model(input_ids=prompt()).logits, reference, atol=1e-5)
-        other = threading.Thread(target=decode_slowly)
-        other.start()
-        inside.wait(20)
-        try:
-            if fullgraph:
-                with pytest.raises(Exception, match="several threads"):
-                    model(input_ids=prompt())
-            else:
-                assert torch.allclose(model(input_ids=prompt()).logits, reference, atol=1e-5)
-        finally:
-            go_on.set()
-            other.join()
-        assert torch.allclose(model(input_ids=prompt()).logits, reference, atol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_low_rank_names_and_counts_in_peft_reports():
