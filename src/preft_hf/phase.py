@@ -79,19 +79,24 @@ class ForwardPhase:
     The model's pre-forward hook calls `begin`, the adapter layers ask `current`, the post-forward hook calls `end`.
     torch.compile traces all three. What it does not compile, after a graph break or because torch gave a layer up,
     finds the phase where the compiled part has left it, in the same thread.
-
-    Attributes:
-        reached: ids of the adapter layers that have run, while somebody counts them; else None
     """
 
     def __init__(self) -> None:
         # torch.compile traces it. Of a subclass it loses what traced code writes, without an error, unless that has
         # __slots__, and fails on attributes of the class (torch 2.13).
         self._thread = threading.local()
-        self.reached: set[int] | None = None
 
     def __reduce__(self) -> tuple[type["ForwardPhase"], tuple[()]]:
         return ForwardPhase, ()
+
+    @property
+    def reached(self) -> set[int] | None:
+        """The ids of the adapter layers that have run in this thread's forward, while somebody counts them."""
+        return getattr(self._thread, "reached", None)
+
+    @reached.setter
+    def reached(self, reached: set[int] | None) -> None:
+        self._thread.reached = reached
 
     def begin(self, phase: Phase) -> None:
         """Sets the phase of the forward that starts now in this thread."""

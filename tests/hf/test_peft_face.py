@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -274,6 +275,23 @@ def test_threads_do_not_see_each_others_phase():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_forward_in_another_thread_is_not_taken_for_one_that_misses_layers():
+    model = make_preft(make_base())
+    ran = []
+
+    def run_another(module, args):
+        if not ran:
+            ran.append(threading.Thread(target=model, kwargs={"input_ids": prompt(), "prefill_mask": False}))
+            ran[0].start()
+            ran[0].join()
+
+    model.get_base_model().model.layers[1].register_forward_pre_hook(run_another)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=prompt())
+    assert ran
 
 
 def test_low_rank_names_and_counts_in_peft_reports():
