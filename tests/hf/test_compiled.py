@@ -10,10 +10,11 @@ from torch import nn
 from preft_hf import preft_phase
 from preft_hf.layer import PreftLinear
 
-from .cases import case, prompt
+from .cases import GREEDY, case, prompt
 from .zoo import make_base, make_preft
 
 DEADLINE_S = 60
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,30 @@ def test_a_compiled_model_with_a_graph_break_in_two_threads(method):
             other.join()
         for is_prefill in (False, True):
             assert torch.allclose(found[is_prefill], expected[is_prefill], atol=1e-5), (other_first, is_prefill)
+
+
+def test_declared_phases_of_a_compiled_model():
+    """A context variable, which Dynamo cannot trace: code that reads it has to stay out of the graph."""
+    model, expected = make_preft(make_base()), expected_of("lora")
+    compiled = torch.compile(model, backend="eager")
+    for phase in ("decode", "prefill", None, "decode", None, "prefill", "decode"):
+        with torch.no_grad(), contextlib.nullcontext() if phase is None else preft_phase(phase):
+            found = compiled(input_ids=prompt()).logits
+        assert torch.allclose(found, expected[phase != "decode"], atol=1e-5), phase
+
+
+@pytest.mark.parametrize("method", ["lora", "direft"])
+def test_generate_of_a_model_whose_forward_is_compiled(method):
+    """`model.forward = torch.compile(model.forward, fullgraph=True)`, as transformers' guides have it."""
+    model, c = make_preft(make_base(), method), case("llama", method)
+    inner = model.get_base_model()
+    inner.forward = torch.compile(inner.forward, backend="eager", fullgraph=True)
+    for seed in (0, 1):
+        ids = prompt(seed=seed)
+        output = model.generate(input_ids=ids, cache_implementation="static", disable_compile=True, **GREEDY)
+        tokens, logits = c.oracle(ids)
+        assert torch.equal(output.sequences[:, ids.shape[1] :], tokens)
+        assert (torch.stack(output.logits, 1) - logits).abs().max() <= TOLERANCE
 
 
 def test_layers_that_are_not_compiled_in_a_model_that_is():
