@@ -101,12 +101,12 @@ def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
     if config.method != "lora":
         _raise(faults)
         return list(layers or {})
-    linears = linear_layers(model)
-    wanted = _wanted(config, model, linears, faults)
+    linears, decoder = linear_layers(model), _decoder(model)
+    wanted = _wanted(config, model, linears, decoder, faults)
     excluded = (
         _matching(config.exclude_modules, "exclude_modules", linears, faults) if config.exclude_modules else set()
     )
-    refused = {name: reason for name in wanted if (reason := _refusal(name, model)) and name not in excluded}
+    refused = {name: reason for name in wanted if (reason := _refusal(name, model, decoder)) and name not in excluded}
     if refused:
         faults.append("; ".join(f"{name} {reason}" for name, reason in sorted(refused.items())[:5]))
     chosen = [name for name in linears if name in wanted and name not in excluded]
@@ -151,10 +151,11 @@ def _chosen_layers(config: PreftConfig, model: nn.Module, faults: list[str]) -> 
     return {names[i]: layers[names[i]] for i in config.layers_to_transform if i < len(names)}
 
 
-def _wanted(config: PreftConfig, model: nn.Module, linears: dict[str, nn.Module], faults: list[str]) -> set[str]:
+def _wanted(
+    config: PreftConfig, model: nn.Module, linears: dict[str, nn.Module], decoder: str, faults: list[str]
+) -> set[str]:
     if config.target_modules == "all-linear":
-        inner = _decoder(model)
-        return {name for name in linears if name.startswith(inner) and not _refusal(name, model)}
+        return {name for name in linears if not _refusal(name, model, decoder)}
     assert config.target_modules is not None
     return _matching(config.target_modules, "target_modules", linears, faults)
 
@@ -179,7 +180,7 @@ def _matching(entries: list[str] | str, field: str, linears: dict[str, nn.Module
     return matched
 
 
-def _refusal(name: str, model: nn.Module) -> str | None:
+def _refusal(name: str, model: nn.Module, decoder: str) -> str | None:
     """Returns why the layer cannot be adapted, None if it can."""
     if isinstance(model, PreTrainedModel):
         head = model.get_output_embeddings()
@@ -188,6 +189,11 @@ def _refusal(name: str, model: nn.Module) -> str | None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if name.rpartition(".")[2] in READ_PAST_THE_MODULE.get(str(model_type), ()):
         return f"is read past its module by {model_type}, so its adapter would be skipped: leave it out"
+    if decoder and not name.startswith(decoder + "."):
+        return (
+            f"is outside of the text decoder {decoder}, where rows are no tokens of a prompt, as in a vision tower: "
+            f'leave it out, with target_modules such as "{re.escape(decoder)}\\..*_proj" or with exclude_modules'
+        )
     return None
 
 
