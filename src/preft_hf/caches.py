@@ -7,8 +7,8 @@ from typing import Any
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# of 5.24 and later, before, and of state-space models before
-_NAMES = ("cache", "past_key_values", "cache_params")
+# of 5.24 and later, before, of state-space models before, and of RWKV
+_NAMES = ("cache", "past_key_values", "cache_params", "state")
 _NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
@@ -33,6 +33,9 @@ def cached_length(cache: Any) -> int | None:
     """Returns the tokens in a KV cache; 0 for none, None for a cache without a length. May wait for a device."""
     if cache is None:
         return 0
+    if not hasattr(cache, "get_seq_length"):
+        # RWKV's list of tensors
+        return None
     try:
         return int(cache.get_seq_length())
     except ValueError:

@@ -26,6 +26,9 @@ READ_PAST_THE_MODULE = {
     "zamba2": {"out_proj"},
 }
 
+# The one subclass of nn.Linear among transformers' models whose forward of its own is that of a linear layer.
+STILL_LINEAR = {"FalconLinear"}
+
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the decoder layers of a language model in order, by name.
@@ -134,6 +137,9 @@ def _decoder(model: nn.Module) -> str:
     if not isinstance(model, PreTrainedModel):
         return ""
     decoder = model.get_decoder()
+    if decoder is model.get_output_embeddings():
+        # transformers takes what is called `decoder`, which in ModernBERT decoders is the head
+        decoder = model.base_model
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
@@ -189,6 +195,10 @@ def _refusal(name: str, model: nn.Module, decoder: str) -> str | None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if name.rpartition(".")[2] in READ_PAST_THE_MODULE.get(str(model_type), ()):
         return f"is read past its module by {model_type}, so its adapter would be skipped: leave it out"
+    kind = type(model.get_submodule(name))
+    own_forward = issubclass(kind, nn.Linear) and kind.forward is not nn.Linear.forward
+    if own_forward and kind.__module__.startswith("transformers.models.") and kind.__name__ not in STILL_LINEAR:
+        return f"is a {kind.__name__}, which computes something else than a linear layer does: leave it out"
     if decoder and not name.startswith(decoder + "."):
         return (
             f"is outside of the text decoder {decoder}, where rows are no tokens of a prompt, as in a vision tower: "
