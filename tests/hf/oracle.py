@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 
 from preft_hf.caches import cache_argument, cache_of
 
@@ -85,4 +86,23 @@ def two_phase_greedy(
             **cache_argument(cache_of(output)),
             use_cache=True,
         )
+    return torch.cat(tokens, 1), torch.stack(logits, 1)
+
+
+@torch.no_grad()
+def greedy_from(
+    prefilled: ModelOutput, decode: PreTrainedModel, num_new: int, allowed: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns new tokens and their logits as `two_phase_greedy`, from a prefill whose model made the cache itself.
+
+    Args:
+        allowed: only tokens below are chosen
+    """
+    tokens, logits, output = [], [], prefilled
+    for _ in range(num_new):
+        logits.append(output.logits[:, -1])
+        tokens.append(logits[-1][:, :allowed].argmax(-1, keepdim=True))
+        name = next((name for name in ("cache_params", "state") if output.get(name) is not None), None)
+        kept = cache_argument(cache_of(output)) if name is None else {name: output[name]}
+        output = decode(input_ids=tokens[-1], use_cache=True, **kept)
     return torch.cat(tokens, 1), torch.stack(logits, 1)

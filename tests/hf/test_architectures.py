@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from preft_hf import PreftConfig
-from preft_hf.caches import cache_argument, cache_of
 
 from .cases import GREEDY, prompt
-from .oracle import adapted_copy
+from .oracle import adapted_copy, greedy_from
 from .zoo import COMMON, make_config
 
 TOLERANCE = 1e-4
@@ -72,19 +70,6 @@ def make(architecture: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 
-@torch.no_grad()
-def two_phases(adapted: PreTrainedModel, base: PreTrainedModel, ids: Tensor, num_new: int) -> tuple[Tensor, Tensor]:
-    output = adapted(input_ids=ids, use_cache=True)
-    tokens, logits = [], []
-    for _ in range(num_new):
-        logits.append(output.logits[:, -1])
-        tokens.append(logits[-1].argmax(-1, keepdim=True))
-        name = next((name for name in ("cache_params", "state") if output.get(name) is not None), None)
-        kept = cache_argument(cache_of(output)) if name is None else {name: output[name]}
-        output = base(input_ids=tokens[-1], use_cache=True, **kept)
-    return torch.cat(tokens, 1), torch.stack(logits, 1)
-
-
 @pytest.mark.parametrize("method", ["lora", "direft"])
 @pytest.mark.parametrize("architecture", SPECIFIC)
 def test_generate_equals_the_two_phase_loop(architecture, method):
@@ -94,8 +79,8 @@ def test_generate_equals_the_two_phase_loop(architecture, method):
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     adapted = adapted_copy(base, method, weights, model.peft_config["default"].scaling)
     output = model.generate(input_ids=ids, **GREEDY)
-    tokens, logits = two_phases(adapted, base, ids, len(output.logits))
     with torch.no_grad():
+        tokens, logits = greedy_from(adapted(input_ids=ids, use_cache=True), base, len(output.logits))
         assert (base(input_ids=ids).logits[:, -1] - logits[:, 0]).abs().max() > 0.01, "an adapter that does nothing"
     assert torch.equal(output.sequences[:, ids.shape[1] :], tokens)
     assert (torch.stack(output.logits, 1) - logits).abs().max() <= TOLERANCE

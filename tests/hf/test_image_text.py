@@ -22,9 +22,8 @@ from transformers import (
 )
 
 from preft_hf import PreftConfig
-from preft_hf.caches import cache_argument, cache_of
 
-from .oracle import adapted_copy
+from .oracle import adapted_copy, greedy_from
 from .zoo import COMMON, METHODS, make_config
 
 IMAGE = 63
@@ -106,12 +105,7 @@ def oracle(kind: str, method: str) -> tuple[Tensor, Tensor]:
     if kind == "qwen2_5_vl":
         # positions of later tokens, which the model counts from its prompt's images
         base.model.rope_deltas = adapted.model.rope_deltas
-    tokens, logits = [], []
-    for _ in range(NUM_NEW):
-        logits.append(output.logits[:, -1])
-        tokens.append(logits[-1][:, :SPECIAL].argmax(-1, keepdim=True))
-        output = base(input_ids=tokens[-1], **cache_argument(cache_of(output)), use_cache=True)
-    return torch.cat(tokens, 1), torch.stack(logits, 1)
+    return greedy_from(output, base, NUM_NEW, allowed=SPECIAL)
 
 
 @pytest.mark.parametrize("method", METHODS)
