@@ -1,7 +1,6 @@
 """Decides the phase each time a model is called, and carries what PreFT puts on a model besides its layers."""
 
 import inspect
-import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from preft_hf.caches import cache_of, cached_length
 from preft_hf.generation import PromptBoundary
 from preft_hf.layer import PreftLayer
 from preft_hf.packed import PackedAdapters
+from preft_hf.per_thread import PerThread
 from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
 from preft_hf.routing import Routing, RowAdapters
 from preft_hf.training import check_prompts, checkpointed_modules, keep_phase_in_checkpoints, mask_from_labels
@@ -21,13 +21,9 @@ from preft_hf.training import check_prompts, checkpointed_modules, keep_phase_in
 ATTRIBUTE = "_preft_attachment"
 
 
-class _ThreadState(threading.local):
-    # as in preft_hf.phase
+class _ThreadState(PerThread):
     __slots__ = ()
     adapters: RowAdapters | PackedAdapters | None
-
-    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
-        return _ThreadState, ()
 
 
 class Attachment:

@@ -1,7 +1,6 @@
 """`generate`: where the prompt ends, told to every forward of one generation, whatever its decoding method."""
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from preft_core.tokens import prefill_span
 from preft_hf.caches import cache_of, cached_length
 from preft_hf.continuous import ContinuousBatching
+from preft_hf.per_thread import PerThread
 from preft_hf.phase import declared_phase
 from preft_hf.routing import Routing, RowAdapters
 
@@ -35,12 +35,9 @@ class Generation:
     adapters: RowAdapters | None
 
 
-class _ThreadState(threading.local):
+class _ThreadState(PerThread):
     def __init__(self) -> None:
         self.generation: Generation | None = None
-
-    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
-        return _ThreadState, ()
 
 
 class PromptBoundary:

@@ -234,11 +234,12 @@ class PreftBlock(nn.Module, PreftLayer):
         self.method[adapter_name] = config.method
 
     def edit_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the decoder layer, whose output is (batch, length, hidden) or a tuple that starts so."""
+        """Forward hook of the decoder layer, whose output is (batch, length, hidden) or a sequence that starts so."""
         phase = self.phase.snapshot()
         if phase is False:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, (tuple, list))
+        hidden = output[0] if several else output
         names = self._active_here()
         if isinstance(phase, RoutedRows):
             edited = self._edit_routed(hidden, phase)  # pyright: ignore[reportCallIssue]
@@ -246,7 +247,7 @@ class PreftBlock(nn.Module, PreftLayer):
             edited = self._edit(hidden, self.phase.current(), names)
         else:
             return None
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return (list if isinstance(output, list) else tuple)([edited, *output[1:]]) if several else edited
 
     def _edit(self, hidden: Tensor, phase: SharedPhase, names: list[str]) -> Tensor:
         if phase is True:

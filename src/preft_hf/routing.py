@@ -14,15 +14,13 @@ from preft_core.layout import Bucket
 from preft_core.slots import BASE_NAME, Lease, Slot, SlotPool, unknown_names
 from preft_core.tokens import BASE, Segments, Span
 from preft_hf.layer import PreftLayer
+from preft_hf.per_thread import PerThread
 from preft_hf.phase import Phase, RoutedRows, SharedPhase
 
 
-class _ThreadState(threading.local):
+class _ThreadState(PerThread):
     def __init__(self) -> None:
         self.declared: list[str] | None = None
-
-    def __reduce__(self) -> tuple[type["_ThreadState"], tuple[()]]:
-        return _ThreadState, ()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """More architectures, each with a cache that it makes itself: generate against the two-phase loop."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, PreTrainedModel
 
 from preft_hf import PreftConfig
 
@@ -99,3 +100,34 @@ def test_linear_subclasses_that_are_not_linear_layers_are_left_out_and_refused_b
         get_peft_model(make(architecture), PreftConfig(target_modules=[name, "q_proj"]))
     model = get_peft_model(make(architecture), PreftConfig())
     assert not any(f".{name}.preft" in parameter for parameter, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "direft"])
+def test_a_model_without_a_cache_adapts_the_prompt_in_every_forward(method):
+    torch.manual_seed(0)
+    base = OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    ).eval()
+    ids = prompt()
+    torch.manual_seed(1)
+    model = get_peft_model(copy.deepcopy(base), make_config(method)).eval()
+    scaling, weights = model.peft_config["default"].scaling, model.state_dict()
+
+    def adapt(module, args, output, prefix):
+        tensor = output if method == "lora" else output[0]
+        a, b, bias = (weights.get(f"{prefix}.{leaf}.default") for leaf in ("preft_A", "preft_B", "preft_bias"))
+        inputs = (args[0] if method == "lora" else tensor)[:, : ids.shape[1]]
+        low = inputs @ a.T if bias is None else inputs @ a.T + bias
+        tensor = torch.cat([tensor[:, : ids.shape[1]] + scaling * low @ b.T, tensor[:, ids.shape[1] :]], 1)
+        return tensor if method == "lora" else [tensor, *output[1:]]
+
+    for prefix in {key.rpartition(".preft_A")[0] for key in weights if "preft_A" in key}:
+        path = prefix.removeprefix("base_model.model.").removesuffix(".preft")
+        base.get_submodule(path).register_forward_hook(functools.partial(adapt, prefix=prefix))
+    output = model.generate(input_ids=ids, **GREEDY)
+    with torch.no_grad():
+        for step, logits in enumerate(output.logits):
+            seen = output.sequences[:, : ids.shape[1] + step]
+            assert (base(input_ids=seen).logits[:, -1] - logits).abs().max() <= TOLERANCE
+        bare = model(input_ids=seen, prefill_mask=False).logits[:, -1]
+    assert (bare - logits).abs().max() > 20 * TOLERANCE, "an adapter that does nothing"
