@@ -111,6 +111,12 @@ def hub_id(location: str) -> tuple[str, str | None] | None:
     return None if match is None or Path(location).exists() else (match[1], match[2])
 
 
+def same_place(location: str, known: str) -> bool:
+    """Whether a location is that of a known source; of one on the Hub it may leave the revision out."""
+    repository = hub_id(known)
+    return location == known or (repository is not None and location == repository[0])
+
+
 @contextmanager
 def _hub_errors(file: str, name: str, revision: str | None) -> Iterator[None]:
     try:

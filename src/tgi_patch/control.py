@@ -10,6 +10,7 @@ from typing import Any
 
 from preft_core.config import AdapterError
 from tgi_patch.registry import AdapterTaken, Registry, UnknownAdapter
+from tgi_patch.settings import private_directory
 
 MAX_LINE = 1 << 20
 KINDS = {AdapterError: "refused", AdapterTaken: "taken", UnknownAdapter: "unknown"}
@@ -23,13 +24,13 @@ def socket_path(directory: Path, rank: int) -> Path:
 class ControlServer:
     """Answers on a unix socket that only this user may open. Its threads end with the process.
 
-    A request is {"op": "add", "name": ..., "location": ...}, {"op": "remove", "name": ...}, {"op": "list"} or
-    {"op": "statistics"}. An answer is {"ok": true, ...} or {"ok": false, "kind": ..., "error": ...}.
+    A request is {"op": "add", "name": ..., "location": ...}, {"op": "remove", "name": ...}, {"op": "list"},
+    {"op": "faults"} or {"op": "statistics"}. An answer is {"ok": true, ...} or
+    {"ok": false, "kind": ..., "error": ...}.
     """
 
     def __init__(self, directory: Path, rank: int, registry: Registry):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path = socket_path(directory, rank)
+        self.path = socket_path(private_directory(directory), rank)
         self.path.unlink(missing_ok=True)
         # a path of a unix socket has at most 107 bytes
         if len(os.fsencode(self.path)) > 107:
@@ -88,9 +89,11 @@ def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
         return {}
     if operation == "list":
         return {"adapters": registry.adapters()}
+    if operation == "faults":
+        return {"faults": registry.faults()}
     if operation == "statistics":
         return {"statistics": registry.statistics()}
-    raise ValueError(f"op is {operation!r}: add, remove, list or statistics")
+    raise ValueError(f"op is {operation!r}: add, remove, list, faults or statistics")
 
 
 def ask(directory: Path, rank: int, request: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:

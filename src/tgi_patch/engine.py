@@ -12,7 +12,7 @@ from tgi_patch.places import SITE, UnsupportedModel, find_places, modules_of
 from tgi_patch.prefixes import OWNER, Found, PrefixCache, num_blocks
 from tgi_patch.registry import Registry, Ticket, UnknownAdapter
 from tgi_patch.routing import TICKET, current, edit_block, prefill_rows, routed, visible, warm_route
-from tgi_patch.settings import BASE_IDS, Settings, SettingsError, check_prefix_caching
+from tgi_patch.settings import BASE_IDS, Settings, SettingsError, check_ids, check_prefix_caching
 
 PREFIX_ATTENTION = ("flashinfer", "flashdecoding", "flashdecoding-ipex")
 """Of TGI's kinds of attention those that read a prompt's earlier tokens from the KV cache."""
@@ -179,6 +179,7 @@ def attach(model: Any) -> Served:
     registry = None
     if settings.active:
         _check_model(model, settings)
+        check_ids(settings.adapters, {model.model_id, *settings.base_models}, _own_adapters())
         places = find_places(model.model, model.config, model.rank, model.world_size)
         sources = find_all(settings.adapters)
         registry = Registry(places, settings, model.model_id, sources, device=model.device, dtype=model.dtype)

@@ -12,16 +12,19 @@ from typing import Any
 from preft_core.config import AdapterError
 from preft_core.lease import unknown_names
 from preft_core.manifest import name_fault
-from preft_core.source import find_adapter
+from preft_core.source import find_adapter, hub_id, same_place
 from tgi_patch.answers import RETRY_AFTER_S, Answer, NotAccepted, answer_to, classified
 from tgi_patch.control import ask
 from tgi_patch.settings import BASE_IDS, Settings
+from tgi_patch.shards import Shards
 
 HUB_ID = re.compile(r"([\w][\w.-]*)/[\w][\w.-]*")
 REFUSED_FOR_S = 60.0
 """Seconds that a refusal is remembered, so that a bad adapter is not downloaded for every request."""
 FAILED_FOR_S = 5.0
 """Seconds that a failure which may pass, as of the network, is remembered."""
+WATCH_S = 2.0
+"""Seconds between two looks at what the shards hold."""
 
 
 class Fleet:
@@ -44,8 +47,7 @@ class Fleet:
         ask: Callable[..., dict[str, Any]] = ask,
     ):
         self._settings = settings
-        self._world_size = world_size
-        self._ask = ask
+        self._shards = Shards(settings.control, world_size, ask)
         self.base_ids = {*BASE_IDS, *base_ids}
         self._others = others
         self.ready: dict[str, dict[str, Any]] = {}
@@ -54,6 +56,8 @@ class Fleet:
         self._refused: dict[str, tuple[float, Answer]] = {}
         self._in_flight: Counter[str] = Counter()
         self._leaving: set[str] = set()
+        # names under which some shard may still hold an adapter that is no longer served
+        self._unclear: set[str] = set()
         self._idle = asyncio.Condition()
         self._changes = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -64,16 +68,26 @@ class Fleet:
 
     async def start(self) -> bool:
         """Asks the shards what they know. Returns whether they are up."""
-        if not self.started and self._settings.active:
-            try:
-                answers = await self._all({"op": "list"})
-            except OSError:
-                return False
-            self.ready = dict(answers[0].get("adapters", {}))
-            self.started = all(answer.get("ok") for answer in answers)
-        elif not self._settings.active:
+        if self.started or not self._settings.active:
+            self.started = True
+            return True
+        listed = await self._shards.adapters()
+        if listed is not None and not self.started:
+            self.ready, differing = listed
+            for name in differing:
+                self._lose(name, "the shards hold different weights of it: add it again")
             self.started = True
         return self.started
+
+    async def watch(self) -> None:
+        """Waits for the shards, then takes adapters out whose files can no longer be read. Does not end."""
+        while not await self.start():
+            await asyncio.sleep(0.5)
+        while self._settings.active:
+            await asyncio.sleep(WATCH_S)
+            for name, fault in (await self._shards.faults()).items():
+                if name in self.ready and name not in self._leaving:
+                    self._lose(name, f"{fault}; add it again")
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[str | None]:
@@ -108,7 +122,12 @@ class Fleet:
         reason = name_fault(name)
         if reason is not None or name in self.base_ids | self._others:
             raise NotAccepted(Answer(422, f"adapter id {name!r}: {reason or 'it stands for something else already'}"))
-        if name not in self.ready and name not in self._loading:
+        if name in self._leaving:
+            leaving = "is leaving, its requests have not ended: ask again"
+            raise NotAccepted(Answer(409, f"adapter {name!r} {leaving}", RETRY_AFTER_S))
+        if name in self.ready:
+            await self._compare(name, location)
+        elif name not in self._loading:
             self._refused.pop(name, None)
             self._loading[name] = asyncio.create_task(self._load(name, location))
         if name in self._loading:
@@ -117,8 +136,8 @@ class Fleet:
             refused = self._refused.get(name)
             gone = Answer(503, f"adapter {name!r} was removed meanwhile: ask again", RETRY_AFTER_S)
             raise NotAccepted(refused[1] if refused is not None else gone)
-        known = str(self.ready.get(name, {}).get("location", location))
-        if location not in (known, known.partition("@")[0]):
+        known = str(self.ready[name].get("location", location))
+        if not same_place(location, known):
             raise NotAccepted(Answer(409, f"adapter {name!r} is {known} already: remove it first"))
 
     async def remove(self, name: str) -> bool:
@@ -143,11 +162,7 @@ class Fleet:
 
     async def statistics(self) -> dict[str, float]:
         """Returns the counts of the first shard; empty while it is not up."""
-        try:
-            answer = await asyncio.to_thread(self._ask, self._settings.control, 0, {"op": "statistics"})
-        except OSError:
-            return {}
-        return answer.get("statistics", {})
+        return await self._shards.statistics()
 
     async def close(self) -> None:
         """Ends what is under way."""
@@ -170,26 +185,27 @@ class Fleet:
             raise NotAccepted(refused[1])
         match = HUB_ID.fullmatch(name)
         allowed = self._settings.organisations
-        if not self._settings.lazy or match is None or name in self._leaving:
+        if not self._settings.lazy or match is None or hub_id(name) is None:
             raise NotAccepted(self._unknown(name))
         if "*" not in allowed and match[1] not in allowed:
             raise NotAccepted(
                 Answer(404, f"adapter {name!r} is not known, and adapters of {match[1]!r} are not loaded from the Hub")
             )
-        if len(self.ready) + len(self._loading) >= self._settings.max_adapters:
-            self._make_room(name)
+        if name in self._leaving:
+            raise NotAccepted(Answer(503, f"adapter {name!r} is leaving: ask again", RETRY_AFTER_S))
+        if len(self._loading) >= self._settings.max_adapters:
+            raise NotAccepted(Answer(503, f"{len(self._loading)} adapters are being loaded: ask again", RETRY_AFTER_S))
         self._lazy[name] = time.monotonic()
         self._loading[name] = asyncio.create_task(self._load(name, name))
         raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
 
-    def _make_room(self, name: str) -> None:
-        """Lets the adapter go that was loaded on demand, is in no request, and was not used for longest."""
-        idle = [n for n in self._lazy if n in self.ready and n not in self._leaving and not self._in_flight[n]]
-        if not idle:
-            raise NotAccepted(Answer(503, f"adapter {name!r}: no more adapters are taken now", RETRY_AFTER_S))
-        oldest = min(idle, key=self._lazy.__getitem__)
-        self._leaving.add(oldest)
-        self._spawn(self._forget(oldest))
+    async def _make_room(self, name: str) -> None:
+        """Lets adapters go that were loaded on demand, are in no request, and were not used for longest."""
+        while len(self.ready) >= self._settings.max_adapters:
+            idle = [n for n in self._lazy if n in self.ready and n not in self._leaving and not self._in_flight[n]]
+            if not idle:
+                raise NotAccepted(Answer(503, f"adapter {name!r}: no more adapters are taken now", RETRY_AFTER_S))
+            await self._drop(min(idle, key=self._lazy.__getitem__))
 
     async def _load(self, name: str, location: str) -> None:
         """Downloads an adapter, hands it to all shards, and remembers the outcome. Never raises."""
@@ -198,13 +214,9 @@ class Fleet:
             source = await loop.run_in_executor(self._downloads, find_adapter, location)
             await loop.run_in_executor(self._downloads, source.fetch)
             async with self._changes:
-                answers = await self._all({"op": "add", "name": name, "location": source.location}, timeout_s=300.0)
-                bad = next((answer for answer in answers if not answer["ok"]), None)
-                if bad is not None:
-                    await self._withdraw(name, answers)
-                    raise NotAccepted(answer_to(name, bad))
-                listed = await self._all({"op": "list"})
-            self.ready[name] = listed[0]["adapters"][name]
+                if name in self._lazy:
+                    await self._make_room(name)
+                self.ready[name] = await self._handed(name, source.location)
             self._refused.pop(name, None)
         except AdapterError as error:
             self._remember(name, classified(name, error))
@@ -215,36 +227,58 @@ class Fleet:
         finally:
             self._loading.pop(name, None)
 
-    async def _withdraw(self, name: str, answers: list[dict[str, Any]]) -> None:
-        """Takes back an adapter that some shards took and another did not. One that was there before stays."""
-        if name in self.ready:
-            return
-        for rank, answer in enumerate(answers):
-            if answer["ok"]:
-                await asyncio.to_thread(self._ask, self._settings.control, rank, {"op": "remove", "name": name})
+    async def _handed(self, name: str, location: str) -> dict[str, Any]:
+        """Hands an adapter to all shards, or to none, and returns its facts."""
+        # a request in flight may still be resolved under the old weights
+        if name in self._unclear and (self._in_flight[name] or not await self._drop(name)):
+            raise NotAccepted(Answer(503, f"adapter {name!r} has not left all shards: ask again", RETRY_AFTER_S))
+        bad = await self._shards.add(name, location)
+        alike, _ = (await self._shards.adapters() if bad is None else None) or ({}, set())
+        if name in alike:
+            return alike[name]
+        await self._drop(name)
+        if bad is not None and bad["kind"] != "taken":
+            raise NotAccepted(answer_to(name, bad))
+        # the folder changed between two shards' reads, or a shard had another adapter under this name
+        raise NotAccepted(Answer(503, f"adapter {name!r}: the shards took different ones: ask again", RETRY_AFTER_S))
+
+    async def _compare(self, name: str, location: str) -> None:
+        """Has the shards compare a directory, given again, with what they hold: it may have other content by now."""
+        known = self.ready[name].get("location", location)
+        if hub_id(known) is None and same_place(location, known):
+            async with self._changes:
+                bad = await self._shards.add(name, location)
+            if bad is not None:
+                raise NotAccepted(answer_to(name, bad))
 
     async def _forget(self, name: str) -> None:
         async with self._idle:
             await self._idle.wait_for(lambda: not self._in_flight[name])
         async with self._changes:
             try:
-                await self._all({"op": "remove", "name": name})
+                await self._drop(name)
             finally:
-                self.ready.pop(name, None)
-                self._lazy.pop(name, None)
                 self._leaving.discard(name)
+
+    async def _drop(self, name: str) -> bool:
+        """Has the shards forget an adapter that is in no request. Returns whether all of them confirmed it."""
+        self.ready.pop(name, None)
+        self._lazy.pop(name, None)
+        self._unclear.add(name)
+        done = await self._shards.remove(name)
+        if done:
+            self._unclear.discard(name)
+        return done
+
+    def _lose(self, name: str, reason: str) -> None:
+        """Takes no more requests for an adapter that the shards cannot serve."""
+        self.ready.pop(name, None)
+        self._unclear.add(name)
+        self._remember(name, Answer(422, f"adapter {name!r}: {reason}"))
 
     async def _notify(self) -> None:
         async with self._idle:
             self._idle.notify_all()
-
-    async def _all(self, request: dict[str, Any], timeout_s: float = 10.0) -> list[dict[str, Any]]:
-        ranks = range(self._world_size)
-        return list(
-            await asyncio.gather(
-                *(asyncio.to_thread(self._ask, self._settings.control, rank, request, timeout_s) for rank in ranks)
-            )
-        )
 
     def _remember(self, name: str, answer: Answer) -> None:
         for_s = FAILED_FOR_S if answer.status == 503 else REFUSED_FOR_S

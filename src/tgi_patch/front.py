@@ -6,23 +6,22 @@ here. Everything else, streams included, passes through unchanged.
 
 import asyncio
 import hmac
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
 from tgi_patch.answers import Answer, NotAccepted
+from tgi_patch.bodies import EITHER, GENERATE, OPENAI, adapter_of
 from tgi_patch.fleet import Fleet
 from tgi_patch.metrics import Metrics
 
-GENERATE = ("/", "/generate", "/generate_stream", "/invocations")
-OPENAI = ("/v1/chat/completions", "/v1/completions")
 ALONGSIDE = ("/tokenize", "/chat_tokenize")
-PASSED_GET = ("/info", "/ping", "/docs", "/v1/docs")
+PASSED_GET = ("/info", "/ping", "/docs", "/docs/{tail:.*}", "/api-doc/openapi.json")
 HOP_BY_HOP = {
     "connection",
     "content-length",
@@ -47,12 +46,14 @@ class Limits:
     Attributes:
         body_bytes: of a request, as TGI's own limit
         in_flight: requests at once; more are answered with 429
+        upload_s: seconds that a request may take to arrive
         silence_s: seconds without a byte from TGI, after which a request is given up
         drain_s: seconds that requests have to end when the service is stopped
     """
 
     body_bytes: int = 2 << 20
     in_flight: int = 4096
+    upload_s: float = 60.0
     silence_s: float = 600.0
     drain_s: float = 60.0
 
@@ -81,16 +82,14 @@ class FrontDoor:
         """Returns the aiohttp application. Run it with handler_cancellation, so that a client that goes away frees
         its request in TGI."""
         application = web.Application(client_max_size=self._limits.body_bytes)
-        for path in GENERATE:
-            application.router.add_post(path, self._counted(self._generate))
-        for path in OPENAI:
-            application.router.add_post(path, self._counted(self._openai))
+        for path in (*GENERATE, *OPENAI, *EITHER):
+            application.router.add_post(path, self._counted(self._adapted))
         for path in ALONGSIDE:
             application.router.add_post(path, self._counted(self._passed))
         for path in PASSED_GET:
             application.router.add_get(path, self._passed)
         # a browser's question before a request to another origin: the router answers it
-        for path in (*GENERATE, *OPENAI, *ALONGSIDE):
+        for path in (*GENERATE, *OPENAI, *EITHER, *ALONGSIDE):
             application.router.add_route("OPTIONS", path, self._passed)
         application.router.add_get("/v1/models", self._models)
         application.router.add_get("/health", self._health)
@@ -121,7 +120,7 @@ class FrontDoor:
     def _counted(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
         async def counted(request: web.Request) -> web.StreamResponse:
             with self._place() as refused:
-                return _said(request, refused) if refused is not None else await handle(request)
+                return self._refused(request, refused) if refused is not None else await handle(request)
 
         return counted
 
@@ -131,7 +130,6 @@ class FrontDoor:
             yield Answer(503, "the server is stopping", 5)
             return
         if self._in_flight >= self._limits.in_flight:
-            self.metrics.answered("429")
             yield Answer(429, f"{self._in_flight} requests are in flight, as many as are taken: ask again", 1)
             return
         self._in_flight += 1
@@ -142,73 +140,67 @@ class FrontDoor:
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
 
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
-        def named(body: dict[str, Any]) -> Any:
-            parameters = body.get("parameters")
-            return parameters.get("adapter_id") if isinstance(parameters, dict) else None
-
-        return await self._adapted(request, named)
-
-    async def _openai(self, request: web.Request) -> web.StreamResponse:
-        return await self._adapted(request, lambda body: body.get("model"))
-
-    async def _adapted(self, request: web.Request, named: Callable[[dict[str, Any]], Any]) -> web.StreamResponse:
+    async def _adapted(self, request: web.Request) -> web.StreamResponse:
         try:
-            text = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            return _said(request, Answer(413, f"the request has more than {self._limits.body_bytes} bytes"))
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return _said(request, Answer(400, f"the request's body is no JSON: {error}"))
-        name = named(body) if isinstance(body, dict) else None
-        if name is not None and not isinstance(name, str):
-            return _said(request, Answer(422, f"the adapter's id is {name!r}: give a text"))
-        try:
-            with self._fleet.using(name) as adapter:
+            text = await self._body(request)
+            with self._fleet.using(adapter_of(request.path, text)) as adapter:
                 self.metrics.asked(adapter)
                 return await self._forwarded(request, text)
         except NotAccepted as error:
-            self.metrics.answered(str(error.answer.status))
-            return _said(request, error.answer)
+            return self._refused(request, error.answer)
 
     async def _passed(self, request: web.Request) -> web.StreamResponse:
         try:
-            text = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            return _said(request, Answer(413, f"the request has more than {self._limits.body_bytes} bytes"))
+            text = await self._body(request)
+        except NotAccepted as error:
+            return self._refused(request, error.answer)
         return await self._forwarded(request, text)
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._limits.upload_s):
+                return await request.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            raise NotAccepted(Answer(413, f"the request has more than {self._limits.body_bytes} bytes")) from error
+        except TimeoutError as error:
+            late = f"the request was not here whole after {self._limits.upload_s:g} s"
+            raise NotAccepted(Answer(408, late)) from error
+
+    def _refused(self, request: web.Request, answer: Answer, status: str = "") -> web.Response:
+        """Returns an error in place of TGI's answer, and counts it."""
+        self.metrics.answered(status or str(answer.status))
+        return _said(request, answer)
 
     async def _forwarded(self, request: web.Request, text: bytes) -> web.StreamResponse:
         """Returns TGI's answer, passed on piece by piece as it comes."""
         assert self._session is not None
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
+        headers = _kept(request.headers)
         url = self._upstream + request.path_qs
         response: web.StreamResponse | None = None
         try:
             async with self._session.request(
                 request.method, url, data=text or None, headers=headers, allow_redirects=False
             ) as answer:
-                kept = [(n, v) for n, v in answer.headers.items() if n.lower() not in HOP_BY_HOP]
                 if not answer.content_type.startswith("text/event-stream"):
-                    return web.Response(status=answer.status, body=await answer.read(), headers=_headers(kept))
-                response = web.StreamResponse(status=answer.status, headers=_headers(kept))
+                    return web.Response(status=answer.status, body=await answer.read(), headers=_kept(answer.headers))
+                response = web.StreamResponse(status=answer.status, headers=_kept(answer.headers))
                 await response.prepare(request)
                 async for piece in answer.content.iter_any():
                     await response.write(piece)
                 await response.write_eof()
                 return response
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            self.metrics.answered("upstream")
             if response is not None:
+                self.metrics.answered("upstream")
                 # the answer has begun: end the connection, so that the client does not take it for whole
                 if request.transport is not None:
                     request.transport.abort()
                 return response
             late = isinstance(error, asyncio.TimeoutError)
             if late:
-                return _said(request, Answer(504, f"TGI said nothing for {self._limits.silence_s:g} s"))
-            return _said(request, Answer(502, f"TGI's router does not answer: {error}", 5))
+                silent = Answer(504, f"TGI said nothing for {self._limits.silence_s:g} s")
+                return self._refused(request, silent, "upstream")
+            return self._refused(request, Answer(502, f"TGI's router does not answer: {error}", 5), "upstream")
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in self._fleet.names()]
@@ -236,7 +228,8 @@ class FrontDoor:
             if not self._admin_token:
                 return _said(request, Answer(403, "set PREFT_ADMIN_TOKEN to manage adapters while the server runs"))
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._admin_token.encode()):
+            # a header may have bytes that are no UTF-8
+            if not hmac.compare_digest(given.encode(errors="surrogateescape"), self._admin_token.encode()):
                 return _said(request, Answer(401, "give PREFT_ADMIN_TOKEN as a bearer token"))
             try:
                 return await handle(request)
@@ -253,7 +246,7 @@ class FrontDoor:
         try:
             body = await request.json()
             name, location = body["id"], body.get("location") or body["id"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             name = location = None
         if not isinstance(name, str) or not isinstance(location, str):
             return _said(request, Answer(422, 'give {"id": "acme", "location": "org/name@revision or a directory"}'))
@@ -269,10 +262,10 @@ class FrontDoor:
         return web.json_response({"id": name, "state": state}, status=200 if at_once else 202)
 
 
-def _headers(pairs: list[tuple[str, str]]) -> Any:
-    from multidict import CIMultiDict
-
-    return CIMultiDict(pairs)
+def _kept(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """Returns the headers that are passed on, repeated ones too: those of the connection itself are not."""
+    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    return CIMultiDict((n, v) for n, v in headers.items() if n.lower() not in HOP_BY_HOP | named)
 
 
 def _said(request: web.Request, answer: Answer) -> web.Response:

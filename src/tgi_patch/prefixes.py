@@ -82,15 +82,17 @@ class PrefixCache:
         """
         keys = self._keys(owner, tokens, min(len(tokens) // self.unit, self.capacity))
         self._touch([key for key in keys if key in self._units])
-        units, begins = [], []
-        for i, key in enumerate(keys):
-            if key not in self._units:
-                self._units[key] = self._take()
-                units.append(self._units[key])
-                begins.append(i)
+        begins = [i for i, key in enumerate(keys) if key not in self._units]
+        units = [self._take() for _ in begins]
         per_unit = self._blocks_per_unit
         chosen = [blocks[i * per_unit + j] for i in begins for j in range(per_unit)]
-        self._copy(units, kv_cache, chosen, into_store=True)
+        try:
+            self._copy(units, kv_cache, chosen, into_store=True)
+        except BaseException:
+            self._free += units
+            raise
+        # only now can they be found
+        self._units.update(zip((keys[i] for i in begins), units, strict=True))
         self._touch(keys)
 
     def statistics(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from preft_core.adapter import Adapter, AdapterConfig, AdapterError
 from preft_core.layout import Bucket, Layout, bucket_of, check_sites
 from preft_core.lease import unknown_names
 from preft_core.slots import SlotPool
-from preft_core.source import AdapterSource, find_adapter
+from preft_core.source import AdapterSource, find_adapter, hub_id, same_place
 from tgi_patch.places import Place, shard_adapter
 from tgi_patch.prefixes import PrefixCache
 from tgi_patch.settings import Settings
@@ -38,11 +38,19 @@ class Ticket:
 
 @dataclass
 class _Known:
-    """An adapter that was checked. `key` is its name in the pool, another one each time that an id is added."""
+    """An adapter that was checked.
+
+    Attributes:
+        key: its name in the pool, another one each time that an id is added
+        fingerprint: of the whole adapter, the same on all shards
+        fault: why its files could not be read again; empty while they could
+    """
 
     key: str
     location: str
     config: AdapterConfig
+    fingerprint: str
+    fault: str = ""
     tickets: "weakref.WeakSet[Ticket]" = field(default_factory=weakref.WeakSet)
 
 
@@ -111,17 +119,18 @@ class Registry:
             raise AdapterError("adapters that cannot be served: " + "; ".join(faults))
 
     def add(self, name: str, location: str) -> None:
-        """Reads, checks and keeps an adapter. Doing it twice with the same place is no fault.
+        """Reads, checks and keeps an adapter. Doing it twice with the same place and content is no fault.
 
         Raises:
             AdapterError: it cannot be had, is not what the format allows, or does not fit the model.
-            AdapterTaken: the id stands for an adapter of another place.
+            AdapterTaken: the id stands for an adapter of another place, or the directory's content is another now.
         """
         with self._lock:
             known = self._known.get(name)
-        if known is not None and location in (known.location, known.location.partition("@")[0]):
-            return
-        self._add(name, find_adapter(location))
+        if known is None or not same_place(location, known.location):
+            self._add(name, find_adapter(location))
+        elif hub_id(known.location) is None and find_adapter(location).load().fingerprint != known.fingerprint:
+            raise AdapterTaken(f"{name!r}: {location} has other content than when it was added: remove it first")
 
     def remove(self, name: str) -> None:
         """Forgets an adapter. Requests whose prompt is being computed with it go on.
@@ -151,7 +160,12 @@ class Registry:
             ticket = Ticket(known.key)
             known.tickets.add(ticket)
         if known.key not in self.pool.resident():
-            self.pool.packed(known.key)
+            try:
+                self.pool.packed(known.key)
+            except (ValueError, OSError) as error:
+                # the whole batch fails with it; the front door lets no further request come
+                known.fault = str(error)
+                raise
         return ticket
 
     def adapters(self) -> dict[str, dict[str, Any]]:
@@ -164,9 +178,15 @@ class Registry:
                 "method": entry.config.method,
                 "rank": entry.config.r,
                 "base_model": entry.config.base_model_name_or_path,
+                "fingerprint": entry.fingerprint,
             }
             for name, entry in sorted(known.items())
         }
+
+    def faults(self) -> dict[str, str]:
+        """Returns the ids of adapters whose files could not be read again, and why."""
+        with self._lock:
+            return {name: known.fault for name, known in self._known.items() if known.fault}
 
     def statistics(self) -> dict[str, float]:
         """Returns counts since the start, and sizes now, under names that a metric may have."""
@@ -205,6 +225,7 @@ class Registry:
                 f"it needs slots for {bucket} and the server has {have}: set PREFT_RESERVE, start again"
             )
         first = [self._load(source)]
+        fingerprint = first[0].fingerprint
 
         def load() -> Adapter:
             return first.pop() if first else self._load(source)
@@ -213,7 +234,7 @@ class Registry:
             if name in self._known:
                 raise AdapterTaken(f"{name!r} was added meanwhile: ask again")
             self._number += 1
-            known = _Known(f"{name}#{self._number}", source.location, source.config)
+            known = _Known(f"{name}#{self._number}", source.location, source.config, fingerprint)
             self.pool.add(known.key, source.config, load)
         try:
             self.pool.packed(known.key)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,20 @@ from preft_core.config import AdapterError
 from preft_core.source import find_all
 from tgi_patch.fleet import Fleet
 from tgi_patch.front import FrontDoor
-from tgi_patch.settings import Settings, SettingsError, check_prefix_caching, parse_adapters, read_settings
+from tgi_patch.settings import (
+    Settings,
+    SettingsError,
+    check_ids,
+    check_prefix_caching,
+    control_directory,
+    parse_adapters,
+    private_directory,
+    read_settings,
+)
 
 LAUNCHER = "text-generation-launcher"
+READ = {"--model-id", "--num-shard", "--sharded", "--lora-adapters"}
+"""Arguments of the launcher that the front door goes by as well."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Plan:
         host, port: of the front door
         upstream: URL of the router
         base_ids: names of the base model
+        others: ids of TGI's own LORA_ADAPTERS
         world_size: number of shards
     """
 
@@ -41,6 +53,7 @@ class Plan:
     port: int
     upstream: str
     base_ids: set[str]
+    others: set[str]
     world_size: int
 
 
@@ -54,6 +67,9 @@ def serve(arguments: Sequence[str]) -> int:
         settings = read_settings()
         if settings.disabled:
             os.execvp(LAUNCHER, [LAUNCHER, *arguments])
+        if not os.environ.get("PREFT_CONTROL_DIR"):
+            port = _public_port(_split(arguments)[1], os.environ)
+            settings = replace(settings, control=control_directory(port))
         environment = pinned(settings, dict(os.environ))
         plan = make_plan(settings, arguments, environment)
     except (SettingsError, AdapterError, OSError) as error:
@@ -69,16 +85,19 @@ def make_plan(settings: Settings, arguments: Sequence[str], environment: dict[st
         SettingsError: arguments or variables that cannot be followed.
     """
     rest, given = _split(arguments)
-    port = _port(given.get("--port") or environment.get("PORT") or "3000", "--port")
+    port = _public_port(given, environment)
     inner = _port(
         environment.get("PREFT_ROUTER_PORT") or str(port + 10_000 if port < 50_000 else port - 10_000), "inner"
     )
     model = given.get("--model-id") or environment.get("MODEL_ID") or "bigscience/bloom-560m"
     shards = given.get("--num-shard") or environment.get("NUM_SHARD") or ""
+    sharded = given.get("--sharded") or environment.get("SHARDED") or ""
+    others = set(parse_adapters(given.get("--lora-adapters") or environment.get("LORA_ADAPTERS") or ""))
     environment = dict(environment, PORT=str(inner))
     if settings.active:
+        check_ids(settings.adapters, {model, *settings.base_models}, others)
         check_prefix_caching(environment.get("PREFIX_CACHING", ""))
-        environment["PREFIX_CACHING"] = "0"
+        environment |= {"PREFIX_CACHING": "0", "PREFT_CONTROL_DIR": str(settings.control)}
     command = [LAUNCHER, *rest, "--port", str(inner), "--hostname", "127.0.0.1"]
     return Plan(
         command=command,
@@ -87,7 +106,8 @@ def make_plan(settings: Settings, arguments: Sequence[str], environment: dict[st
         port=port,
         upstream=f"http://127.0.0.1:{inner}",
         base_ids={model, *settings.base_models},
-        world_size=int(shards) if shards.isdecimal() else _num_devices(environment),
+        others=others,
+        world_size=_num_shards(sharded, shards, environment),
     )
 
 
@@ -102,8 +122,7 @@ def pinned(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
     found = find_all(settings.adapters, fetch=True)
     environment = {n: v for n, v in environment.items() if n not in {"PREFT_ADAPTERS", "PREFT_ADAPTERS_FILE"}}
     if found:
-        settings.control.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = settings.control / "adapters.json"
+        file = private_directory(settings.control) / "adapters.json"
         places = {name: _absolute(source.location) for name, source in found.items()}
         file.write_text(json.dumps({"adapters": places}))
         environment["PREFT_ADAPTERS_FILE"] = str(file)
@@ -111,8 +130,7 @@ def pinned(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
 
 
 async def _run(settings: Settings, plan: Plan) -> int:
-    others = set(parse_adapters(plan.environment.get("LORA_ADAPTERS", "")))
-    fleet = Fleet(settings, plan.world_size, plan.base_ids, others)
+    fleet = Fleet(settings, plan.world_size, plan.base_ids, plan.others)
     door = FrontDoor(plan.upstream, fleet, settings.admin_token)
     runner = web.AppRunner(door.application(), handler_cancellation=True, access_log=None)
     await runner.setup()
@@ -129,7 +147,7 @@ async def _run(settings: Settings, plan: Plan) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    watch = asyncio.create_task(_watch(fleet))
+    watch = asyncio.create_task(fleet.watch())
     ended = asyncio.create_task(launcher.wait())
     asked = asyncio.create_task(stopped.wait())
     await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -150,12 +168,6 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-async def _watch(fleet: Fleet) -> None:
-    """Asks the shards until they are up."""
-    while not await fleet.start():
-        await asyncio.sleep(0.5)
-
-
 def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the launcher's arguments without those that are ours to say, and the values of some."""
     rest: list[str] = []
@@ -164,8 +176,10 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     while waiting:
         argument = waiting.pop(0)
         name, sign, value = argument.partition("=")
+        if argument.startswith("-p") and not sign and len(argument) > 2:
+            name, sign, value = "-p", "=", argument[2:]
         name = {"-p": "--port"}.get(name, name)
-        if name not in {"--port", "--hostname", "--model-id", "--num-shard"}:
+        if name not in {"--port", "--hostname", *READ}:
             rest.append(argument)
             continue
         if not sign:
@@ -173,7 +187,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 raise SettingsError(f"{name} has no value")
             value = waiting.pop(0)
         given[name] = value
-        if name in {"--model-id", "--num-shard"}:
+        if name in READ:
             rest += [name, value]
     return rest, given
 
@@ -184,11 +198,17 @@ def _port(text: str, name: str) -> int:
     return int(text)
 
 
-def _num_devices(environment: Mapping[str, str]) -> int:
-    """Returns how many shards the launcher starts by itself: one per visible GPU."""
-    visible: Any = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("NVIDIA_VISIBLE_DEVICES")
-    if environment.get("SHARDED", "").lower() == "false":
+def _public_port(given: Mapping[str, str], environment: Mapping[str, str]) -> int:
+    return _port(given.get("--port") or environment.get("PORT") or "3000", "--port")
+
+
+def _num_shards(sharded: str, num_shard: str, environment: Mapping[str, str]) -> int:
+    """Returns how many shards the launcher starts, by itself one per visible GPU."""
+    if num_shard.isdecimal():
+        return int(num_shard)
+    if sharded.lower() == "false":
         return 1
+    visible: Any = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("NVIDIA_VISIBLE_DEVICES")
     if visible and visible not in {"all", "void", "none"}:
         return len([device for device in visible.split(",") if device])
     import torch

@@ -2,8 +2,9 @@
 
 import os
 import re
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,43 @@ def check_prefix_caching(value: str) -> None:
         )
 
 
+def check_ids(adapters: Iterable[str], base_ids: set[str], others: set[str]) -> None:
+    """Refuses ids of PreFT adapters that stand for the base model, or for an adapter of TGI's LORA_ADAPTERS.
+
+    Raises:
+        SettingsError: such ids; requests for them would be answered without the adapter.
+    """
+    base = sorted({*adapters} & {*base_ids, *BASE_IDS})
+    twice = sorted({*adapters} & others)
+    faults = [f"{', '.join(base)} stands for the base model"] if base else []
+    faults += [f"{', '.join(twice)} is in LORA_ADAPTERS too"] if twice else []
+    if faults:
+        raise SettingsError(f"PREFT_ADAPTERS: {'; '.join(faults)}: give the adapter another id")
+
+
+def private_directory(directory: Path) -> Path:
+    """Makes a directory that only this user can write to, or checks that it is one.
+
+    Raises:
+        SettingsError: it is a link, somebody else's, or open to others: they could answer in the shards' place.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise SettingsError(
+            f"PREFT_CONTROL_DIR: {directory} is {stat.filemode(found.st_mode)} of user {found.st_uid}: it has to be a "
+            f"directory that only user {os.getuid()} can write to; remove it, or choose another"
+        )
+    return directory
+
+
+def control_directory(port: int | None = None) -> Path:
+    """Returns where a service has its sockets if PREFT_CONTROL_DIR does not say: one directory a user and port."""
+    # os.getuid is not everywhere
+    user = getattr(os, "getuid", lambda: 0)()
+    return Path(tempfile.gettempdir()) / ("-".join(map(str, ["preft-tgi", user, *([port] if port else [])])))
+
+
 @dataclass(frozen=True)
 class Settings:
     """The variables PREFT_*.
@@ -53,7 +91,7 @@ class Settings:
         base_models: PREFT_BASE_MODEL, names under which adapters may know the served model, beside its own
         prefix_tokens: PREFT_PREFIX_CACHE=1 and PREFT_PREFIX_TOKENS, prompt tokens whose KV is kept for later requests
             of the same adapter; 0 is none
-        control: PREFT_CONTROL_DIR, directory of the sockets on which the server's processes take adapters
+        control: PREFT_CONTROL_DIR, directory of the sockets on which the processes of one service take adapters
         admin_token: PREFT_ADMIN_TOKEN; empty turns the admin routes off
         fixes: PREFT_LORA_FIXES, of FIXES; those that are left out are as in TGI
     """
@@ -69,7 +107,7 @@ class Settings:
     max_bytes: int = 4 << 30
     base_models: tuple[str, ...] = ()
     prefix_tokens: int = 0
-    control: Path = Path(tempfile.gettempdir()) / "preft-tgi"
+    control: Path = field(default_factory=control_directory)
     admin_token: str = field(default="", repr=False)
     fixes: tuple[str, ...] = FIXES
 
@@ -99,7 +137,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         max_bytes=reader.number("PREFT_MAX_ADAPTER_BYTES", Settings.max_bytes, 1, 1 << 40) or 1,
         base_models=tuple(reader.words("PREFT_BASE_MODEL")),
         prefix_tokens=_prefix_tokens(reader),
-        control=Path(reader.text("PREFT_CONTROL_DIR") or Settings.control),
+        control=Path(reader.text("PREFT_CONTROL_DIR") or control_directory()),
         admin_token=reader.text("PREFT_ADMIN_TOKEN"),
         fixes=_fixes(reader),
     )

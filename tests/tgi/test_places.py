@@ -233,6 +233,35 @@ def test_an_adapter_that_was_removed_stays_for_those_who_hold_it(world):
     assert len(world.registry.pool.names()) == 4
 
 
+def test_a_place_given_again_is_the_same_only_with_the_same_content(world):
+    registry, root = world.registry, world.root
+    # a directory may have an @ in its name
+    adapter_in(root / "acme@v2", world.places, seed=5)
+    adapter_in(root / "acme", world.places, seed=6)
+    registry.add("x", str(root / "acme@v2"))
+    with pytest.raises(AdapterTaken, match="stands for"):
+        registry.add("x", str(root / "acme"))
+    registry.add("x", str(root / "acme@v2"))
+    adapter_in(root / "acme@v2", world.places, seed=7)
+    with pytest.raises(AdapterTaken, match="other content than when it was added: remove it first"):
+        registry.add("x", str(root / "acme@v2"))
+    before = registry.adapters()["x"]["fingerprint"]
+    registry.remove("x")
+    registry.add("x", str(root / "acme@v2"))
+    assert registry.adapters()["x"]["fingerprint"] not in (before, None)
+
+
+def test_files_that_cannot_be_read_again_are_a_fault_that_is_told(world):
+    settings = Settings(adapters={"x": "y"}, slots=1, host_bytes=0)
+    registry = Registry(world.places, settings, "b", {name: world.sources[name] for name in ("l0", "l1")})
+    assert registry.faults() == {}
+    (world.root / "l0" / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError):
+        registry.ticket("l0")
+    assert list(registry.faults()) == ["l0"]
+    registry.ticket("l1")
+
+
 def test_what_does_not_fit_is_refused_and_leaves_nothing(world):
     registry, root = world.registry, world.root
     registry.add("l1", str(root / "l1"))

@@ -108,3 +108,17 @@ def test_keys_take_any_token_id():
     assert cache.find("base", [2**31] * 40) == Found()
     with pytest.raises(struct.error):
         cache.find("base", [2**64] * 40)
+
+
+def test_a_copy_that_fails_leaves_nothing_to_be_found():
+    cache, tgi = store(16, 256), Tgi(16)
+    tokens = list(range(cache.unit + 1))
+    blocks = list(range(-(-len(tokens) // 16)))
+    with pytest.raises(IndexError):
+        cache.keep("base", tokens, tgi.layers, [10_000] * len(blocks))
+    assert cache.find("base", tokens) == Found()
+    tgi.compute("base", tokens, 0, blocks)
+    for _ in range(2 * cache.capacity):
+        cache.keep("base", tokens, tgi.layers, blocks)
+        tokens = [token + 1 for token in tokens]
+    assert cache.statistics()["prefix_units_used"] == cache.capacity

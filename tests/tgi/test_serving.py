@@ -1,7 +1,9 @@
 """The patched TGI 3.3.7 server against the two-phase loop, token for token, over its own gRPC."""
 
 import copy
+import json
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -216,3 +218,40 @@ def test_a_prefix_cache_needs_attention_that_reads_it():
         serving(world_of("llama"), "paged", PREFT_PREFIX_CACHE="1"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["tgi", "org/base"])
+def test_an_id_of_the_base_model_is_refused_at_the_start(name):
+    world, variables = world_of("llama"), {"PREFT_ADAPTERS": "", "PREFT_BASE_MODEL": "org/base"}
+    with (
+        pytest.raises(AssertionError, match="stands for the base model"),
+        serving(world, PREFT_ADAPTERS_FILE=manifest_of({name: world.crowd.paths["wide"]}), **variables),
+    ):
+        pass
+
+
+def test_the_ranks_of_a_model_tell_what_they_hold():
+    world = world_of("llama")
+    path = Path(tempfile.mkdtemp(prefix="preft-r-")) / "turned"
+    shutil.copytree(world.crowd.paths["wide"], path)
+    with serving(world, "flashdecoding-ipex", world_size=2, PREFT_HOST_BYTES="0", PREFT_SLOTS="1") as server:
+        assert server.control(op="add", name="turned", location=str(path)) == [{"ok": True}] * 2
+        first, second = (answer["adapters"] for answer in server.control(op="list"))
+        # the whole adapter's, though each rank has another part of it
+        assert first == second
+        assert first["turned"]["fingerprint"] == first["wide"]["fingerprint"] != first["few"]["fingerprint"]
+        shutil.copytree(world.crowd.paths["stable"], path, dirs_exist_ok=True)
+        for answer in server.control(op="add", name="turned", location=str(path)):
+            assert "other content than when it was added" in answer["error"]
+        ids = some_ids(9, 2)
+        server.run([request(ids, "wide")])
+        answer = server.ask({"op": "run", "requests": [request(ids, "turned")]})
+        assert "has changed since it was added" in answer["error"]
+        for answer in server.control(op="faults"):
+            assert list(answer["faults"]) == ["turned"]
+
+
+def manifest_of(places):
+    file = Path(tempfile.mkdtemp(prefix="preft-m-")) / "adapters.json"
+    file.write_text(json.dumps({"adapters": {name: str(path) for name, path in places.items()}}))
+    return str(file)
