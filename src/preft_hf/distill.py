@@ -14,6 +14,7 @@ from preft_core.transform import read_lora
 from preft_hf.config import PreftConfig
 from preft_hf.data import Sample, collate
 from preft_hf.layer import PreftLinear
+from preft_hf.plain import plain_generation
 from preft_hf.training import IGNORED_LABEL
 
 
@@ -169,7 +170,8 @@ def responses(
 
     Args:
         prompts: token ids
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn from the whole distribution
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn from the whole distribution. Of what the
+            model's generation_config.json says, its special tokens count alone
         progress: called with the number of rows of each finished batch
     """
     ends = model.generation_config.eos_token_id
@@ -182,13 +184,14 @@ def responses(
         length = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(prompts[i])) + list(prompts[i]) for i in rows])
         lengths = torch.tensor([[len(prompts[i])] for i in rows])
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=(torch.arange(length) >= length - lengths).long().to(model.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **(sampling or {"do_sample": False}),
-        )
+        with plain_generation(model):
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=(torch.arange(length) >= length - lengths).long().to(model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                **(sampling or {"do_sample": False}),
+            )
         for i, row in zip(rows, output[:, length:].tolist(), strict=True):
             end = next((k for k, token in enumerate(row) if token in ends), len(row) - 1)
             found[i] = row[: end + 1]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from preft_core.adapter import AdapterError
 from preft_hf.caches import cache_argument, cache_of
+from preft_hf.plain import plain_generation
 
 NUM_TOKENS = 8
 
@@ -18,7 +19,8 @@ NUM_TOKENS = 8
 def try_adapter(directory: str | Path, base: nn.Module) -> dict[str, Any]:
     """Returns what the adapter did to a random prompt; changes nothing but the adapters that the base holds.
 
-    The tokens of `generate` are compared with a loop that runs the prompt with the adapter and what follows without.
+    The tokens of `generate` are compared with a loop that runs the prompt with the adapter and what follows without;
+    both take the likeliest token, whatever the base model's generation_config.json asks for.
 
     Args:
         base: the causal language model in eval mode
@@ -33,15 +35,16 @@ def try_adapter(directory: str | Path, base: nn.Module) -> dict[str, Any]:
     adapted = model(input_ids=ids, prefill_mask=True).logits
     if not torch.isfinite(adapted).all():
         raise AdapterError(f"{directory}: the adapter makes logits that are not finite on this base model")
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NUM_TOKENS,
-        min_new_tokens=NUM_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, ids.shape[1] :]
+    with plain_generation(model):
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, ids.shape[1] :]
     expected = _two_phases(model, ids)
     if found.tolist() != expected:
         raise AdapterError(

@@ -154,6 +154,19 @@ def test_responses_of_a_ragged_batch_are_those_of_single_rows(place):
     assert responses(teacher, tokenizer(), prompts, 8, temperature=0.0)[0] == together[0][:1]
 
 
+@pytest.mark.parametrize("asked_for", [{"repetition_penalty": 1.3}, {"suppress_tokens": list(range(4, 40))}])
+def test_responses_are_what_the_model_predicts_whatever_its_generation_config_asks_for(place, asked_for):
+    plain, asking = load_teacher(sharp_base(), place / "lora"), load_teacher(sharp_base(), place / "lora")
+    asking.generation_config.update(**asked_for)
+    for temperature in (0.0, 1.0):
+        found = []
+        for teacher in (plain, asking):
+            torch.manual_seed(0)
+            found.append(responses(teacher, tokenizer(), [[5, 6, 7], [8, 9]], 8, temperature))
+        assert found[0] == found[1]
+        assert asking.generation_config.to_diff_dict().items() >= asked_for.items()
+
+
 @pytest.mark.parametrize(
     ("others", "share"),
     [(("--lr", 3e-3), 0.95), (("--start", "zero", "--rank", 4, "--method", "direft"), 0.7)],

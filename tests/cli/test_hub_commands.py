@@ -102,6 +102,26 @@ def test_a_leak_is_found(tmp_path, monkeypatch):
         try_adapter(tmp_path / "a", make_base())
 
 
+ASKED_FOR = [
+    {"repetition_penalty": 1.1, "do_sample": True, "top_k": 20, "temperature": 0.7},
+    {"no_repeat_ngram_size": 2},
+    {"suppress_tokens": list(range(20, 64))},
+]
+
+
+@pytest.mark.parametrize("asked_for", ASKED_FOR, ids=lambda asked_for: next(iter(asked_for)))
+def test_what_the_base_model_asks_of_generate_is_no_leak(tmp_path, asked_for):
+    from preft_hf.verify import try_adapter
+
+    make_preft(make_base(), seed=3).save_pretrained(tmp_path / "a")
+    plain = try_adapter(tmp_path / "a", make_base())
+    base = make_base()
+    base.generation_config.update(**asked_for)
+    before = base.generation_config
+    assert try_adapter(tmp_path / "a", base) == plain
+    assert base.generation_config is before
+
+
 @pytest.mark.parametrize(
     "python", [Path(sys.executable), pytest.param(TGI_PYTHON, marks=pytest.mark.tgi)], ids=["ours", "tgi"]
 )
