@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preft_hf.data import DataError
-from preft_hf.sft import CHECKPOINTS
+from preft_hf.sft import CHECKPOINTS, last_checkpoint
 
 RUN = "run.json"
 METRICS = "metrics.json"
@@ -32,10 +32,13 @@ def run_facts(options: Any, data: Path, free: Collection[str]) -> dict[str, Any]
 
 
 def check_output(output: Path, resume: bool, facts: dict[str, Any]) -> None:
-    """Raises a ValueError if the output is no folder, or holds another run than the one that begins or goes on."""
+    """Raises a ValueError if the output is no folder, or holds another run than the one that begins or goes on.
+
+    A run that ended before its first whole checkpoint left nothing to go on with: another may begin in its folder.
+    """
     if output.is_file():
         raise ValueError(f"--output {output} is a file: give a folder")
-    if not resume and (output / CHECKPOINTS).exists():
+    if not resume and last_checkpoint(output / CHECKPOINTS) is not None:
         raise ValueError(
             f"--output {output} holds the checkpoints of another run: go on with it by --resume, or give another "
             "folder"

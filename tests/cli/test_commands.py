@@ -143,6 +143,15 @@ def test_a_run_that_diverges_is_said_and_saves_no_adapter(place):
     assert "lower learning rate" in done.stderr
     assert not (place / "diverged" / "adapter_model.safetensors").exists()
 
+    # what has no checkpoint cannot be resumed, and leaves the folder to a run that begins
+    resumed = preft(*train(place, "diverged", "--steps", 40, "--lr", 1e30, "--resume"))
+    assert resumed.returncode == 2
+    assert "start without --resume" in resumed.stderr
+    (place / "diverged" / "checkpoints" / "checkpoint-7").mkdir()
+    again = preft(*train(place, "diverged", "--steps", 4))
+    assert again.returncode == 0, again.stderr
+    assert (place / "diverged" / "adapter_model.safetensors").exists()
+
 
 def test_rows_beyond_the_context_are_refused(place):
     row = {"prompt": "w05 " * 200, "response": "w06"}
