@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from preft_core.adapter import Adapter
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- preft -->", "<!-- /preft -->"
+TAGS = ("peft", "prefill-only", "preft")
 METHODS = {"lora": "LoRA-P", "direft": "DiReFT-P", "loreft": "LoReFT, prefill only"}
 _TEXT = """{begin}
 
@@ -31,9 +33,7 @@ every generated token is computed by the base model.
 
 ```python
 import preft_hf
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{repository}")
+{load}
 ```
 
 Hundreds of adapters for one model, chosen by name for each prompt:
@@ -41,7 +41,7 @@ Hundreds of adapters for one model, chosen by name for each prompt:
 ```python
 from preft_hf import PreftPool
 
-pool = PreftPool.from_pretrained(model, {{"mine": "{repository}"}})
+pool = PreftPool.from_pretrained(model, {{"mine": {place}}})
 model.generate(**inputs, adapter_names=["mine", "__base__"])
 ```
 
@@ -49,6 +49,34 @@ Without `preft_hf` PEFT, TGI and vLLM refuse this adapter: on every token it wou
 
 {end}
 """
+_LOAD = """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained({place})"""
+# PEFT would look for the base model in a folder of that name too
+_LOAD_FOLDER = """from huggingface_hub import snapshot_download
+from peft import AutoPeftModelForCausalLM
+
+folder = snapshot_download("{repository}", allow_patterns=["{subfolder}/*"]) + "/{subfolder}"
+model = AutoPeftModelForCausalLM.from_pretrained({place})"""
+
+
+def read_card(file: Path, name: str | None = None) -> str | None:
+    """Returns the text of a card whose metadata can be read, None if the file is not there.
+
+    Args:
+        name: what an error calls the file
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8, or its metadata are no YAML table.
+    """
+    name = name or str(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} cannot be read: {error}; write it in UTF-8, or take it away") from error
+    _parsed(text, name)
+    return text
 
 
 def model_card(
@@ -56,6 +84,7 @@ def model_card(
     existing: str | None = None,
     *,
     repository: str = "this repository",
+    subfolder: str = "",
     license: str | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> str:
@@ -64,12 +93,13 @@ def model_card(
     Args:
         existing: a card whose own text and metadata are kept; our part of it is renewed
         repository: its id, where it is known
+        subfolder: of the repository, where the adapter's files are
         license: of the base model, as the Hub spells it
         facts: lines for the table, such as training data and metrics
     Raises:
-        ValueError: an existing card whose metadata is no YAML.
+        ValueError: an existing card whose metadata are no YAML table.
     """
-    card = ModelCard(existing, ignore_metadata_errors=False) if existing else ModelCard.from_template(ModelCardData())
+    card = _parsed(existing, CARD_NAME) if existing else ModelCard.from_template(ModelCardData())
     text = card.text if existing else ""
     config, base = adapter.config, _base(adapter)
     data = card.data
@@ -78,10 +108,12 @@ def model_card(
         data["base_model_relation"] = "adapter"
     data["library_name"] = "peft"
     data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
-    data["tags"] = sorted({*(data.get("tags") or []), "preft", "peft", "prefill-only", f"preft-{config.method}"})
+    tags = list(data.get("tags") or [])
+    data["tags"] = tags + [tag for tag in (*TAGS, f"preft-{config.method}") if tag not in tags]
     if license is not None and not data.get("license"):
         data["license"] = license
     layers = f" of {len(config.layers_to_transform)} layers" if config.layers_to_transform else ""
+    place = "folder" if subfolder else f'"{repository}"'
     ours = _TEXT.format(
         begin=BEGIN,
         end=END,
@@ -94,11 +126,22 @@ def model_card(
         parameters=adapter.num_parameters,
         fingerprint=adapter.fingerprint,
         facts="".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in (facts or {}).items()),
-        repository=repository,
+        load=(_LOAD_FOLDER if subfolder else _LOAD).format(repository=repository, subfolder=subfolder, place=place),
+        place=place,
     )
     kept = re.sub(f"{BEGIN}.*?{END}\n?", "", text, flags=re.DOTALL).strip()
     card.text = f"\n{kept or '# Prefill-only adapter'}\n\n{ours}"
     return str(card)
+
+
+def _parsed(text: str, name: str) -> ModelCard:
+    try:
+        return ModelCard(text, ignore_metadata_errors=False)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"the metadata of {name}, between --- and ---, are no YAML table of a model card: {error}; mend them, or "
+            "take them away"
+        ) from error
 
 
 def _base(adapter: Adapter) -> str | None:

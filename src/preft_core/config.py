@@ -22,6 +22,10 @@ class AdapterError(ValueError):
     """An adapter's files are not what the format allows."""
 
 
+class HubError(AdapterError):
+    """The Hub, or the way to it, failed: another time it may work."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The facts an adapter is saved with. docs/format.md has the meaning of each field."""

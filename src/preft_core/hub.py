@@ -2,18 +2,27 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from preft_core.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, load_adapter, publish_files
-from preft_core.card import CARD_NAME, model_card
-from preft_core.source import AdapterSource, find_adapter
+from preft_core.card import CARD_NAME, model_card, read_card
+from preft_core.config import HubError
+from preft_core.source import TRANSPORT_ERRORS, AdapterSource, find_adapter
 from preft_core.staging import staging_in
 
 
@@ -59,29 +68,34 @@ def push_adapter(
         facts: lines for the card's table, such as training data and metrics
     Raises:
         AdapterError: not an adapter, or one without a fingerprint that fits. Nothing was sent.
+        ValueError: a card that cannot be read. There is no commit; if it is the folder's, nothing was sent.
         HfHubHTTPError: the Hub refused. There is no commit.
+        HubError: the Hub cannot be reached. There is no commit, unless its answer was what got lost.
     """
     source = Path(directory)
     adapter = load_adapter(source)
+    own_card = read_card(source / CARD_NAME)
+    subfolder = subfolder.strip("/")
+    prefix = f"{subfolder}/" if subfolder else ""
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    existing = source / CARD_NAME
-    card = model_card(
-        adapter,
-        existing.read_text(encoding="utf-8") if existing.exists() else _card_of(repo_id, revision, token),
-        repository=repo_id,
-        license=_license_of(adapter.config.base_model_name_or_path, token),
-        facts=facts,
-    )
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    operations = [
-        CommitOperationAdd(prefix + CONFIG_NAME, (source / CONFIG_NAME).read_bytes()),
-        CommitOperationAdd(prefix + WEIGHTS_NAME, str(source / WEIGHTS_NAME)),
-        CommitOperationAdd(prefix + CARD_NAME, card.encode()),
-    ]
-    made = api.create_commit(
-        repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
-    )
+    with _connection(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card = model_card(
+            adapter,
+            own_card if own_card is not None else _card_of(repo_id, prefix + CARD_NAME, revision, token),
+            repository=repo_id,
+            subfolder=subfolder,
+            license=_license_of(adapter.config.base_model_name_or_path, token),
+            facts=facts,
+        )
+        operations = [
+            CommitOperationAdd(prefix + CONFIG_NAME, (source / CONFIG_NAME).read_bytes()),
+            CommitOperationAdd(prefix + WEIGHTS_NAME, str(source / WEIGHTS_NAME)),
+            CommitOperationAdd(prefix + CARD_NAME, card.encode()),
+        ]
+        made = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
     return Pushed(repo_id, made.oid, made.commit_url, made.pr_url)
 
 
@@ -157,12 +171,33 @@ def pinned(pulled: Sequence[Pulled]) -> dict[str, str]:
     return {one.name: one.location for one in pulled if one.error is None}
 
 
-def _card_of(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
-    """Returns the repository's own card, None if it has none."""
+@contextmanager
+def _connection(repo_id: str) -> Iterator[None]:
+    """What the Hub answers is raised as it is; a connection that broke is said in our words."""
     try:
-        return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)).read_text(encoding="utf-8")
-    except EntryNotFoundError:
-        return None
+        yield
+    except HfHubHTTPError:
+        raise
+    except TRANSPORT_ERRORS as error:
+        raise HubError(
+            f"{repo_id}: the connection to the Hub broke: {error}; look whether the commit is there, and push again"
+        ) from error
+
+
+def _card_of(repo_id: str, file: str, revision: str | None, token: str | bool | None) -> str | None:
+    """Returns the repository's own card, None if it has none. Not from the cache: an older card is another's loss."""
+    with tempfile.TemporaryDirectory(prefix="preft-card-") as folder:
+        try:
+            found = hf_hub_download(repo_id, file, revision=revision, token=token, cache_dir=folder)
+        except LocalEntryNotFoundError as error:
+            # huggingface_hub's word for a Hub that did not answer, and an EntryNotFoundError as well
+            raise HubError(
+                f"{file} of {repo_id} cannot be read, whose own text would be lost, so there is no commit: "
+                f"{error.__cause__ or error}; push again when the Hub answers"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        return read_card(Path(found), f"{file} of {repo_id}")
 
 
 def _license_of(base: str | None, token: str | bool | None) -> str | None:

@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 # huggingface_hub lets its transport's errors through: requests before 1.0, then httpx, then httpx2
 _TRANSPORTS = [find_spec(name) and import_module(name) for name in ("httpx2", "httpx", "requests")]
-_TRANSPORT_ERRORS = tuple(
+TRANSPORT_ERRORS = tuple(
     getattr(module, "HTTPError" if hasattr(module, "TransportError") else "RequestException")
     for module in _TRANSPORTS
     if module is not None
@@ -126,7 +126,7 @@ def _hub_errors(file: str, name: str, revision: str | None) -> Iterator[None]:
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
-        *_TRANSPORT_ERRORS,
+        *TRANSPORT_ERRORS,
         OSError,
     ) as error:
         raise AdapterError(f"{file} of {name}@{revision or 'main'} cannot be had from the Hub: {error}") from error
@@ -138,7 +138,7 @@ def _download(name: str, revision: str | None, file: str, max_bytes: int, option
             url = hf_hub_url(name, file, revision=revision)
             try:
                 size = get_hf_file_metadata(url, token=options.get("token")).size
-            except (*_TRANSPORT_ERRORS, OfflineModeIsEnabled):
+            except (*TRANSPORT_ERRORS, OfflineModeIsEnabled):
                 # no way to the Hub: hf_hub_download answers from its cache, or says so
                 size = None
             if size is not None and size > max_bytes:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch.distributed.tensor import DTensor
 
 from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
-from preft_core.card import CARD_NAME, model_card
+from preft_core.card import CARD_NAME, model_card, read_card
 from preft_core.staging import staging_in
 from preft_hf.config import PreftConfig, PreftType
 from preft_hf.hub import push_model
@@ -152,9 +153,12 @@ def _publish(staging: Path, directory: Path, names: list[str]) -> None:
         config = json.loads((staging / folder / CONFIG_NAME).read_text()) | {"fingerprint": adapter.fingerprint}
         write_config(staging / folder, config)
         if folder == folders[0]:
-            existing = directory / CARD_NAME
-            kept = existing.read_text(encoding="utf-8") if existing.exists() else None
-            card.write_text(model_card(adapter, kept), encoding="utf-8")
+            try:
+                card.write_text(model_card(adapter, read_card(directory / CARD_NAME)), encoding="utf-8")
+            except ValueError as error:
+                # what was trained for hours is not lost for a text beside it
+                warnings.warn(f"the adapter is saved, and the card beside it is left as it is: {error}", stacklevel=2)
+                card.unlink(missing_ok=True)
     for folder in folders:
         (directory / folder).mkdir(exist_ok=True)
         publish_files(staging / folder, directory / folder)
