@@ -20,7 +20,7 @@ def shape_of(model: str) -> Shape:
     """Returns a known shape, or that of a config.json, its directory or a Hub id.
 
     Raises:
-        ValueError: none of these.
+        ValueError: none of these; HubError if the Hub did not answer.
     """
     if model.lower() in SHAPES:
         return SHAPES[model.lower()]
@@ -42,12 +42,11 @@ def shape_of(model: str) -> Shape:
 
 def _from_hub(model: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    from preft_core.source import hub_errors
+
+    with hub_errors("config.json", model, None):
         return Path(hf_hub_download(model, "config.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"--model is {model!r}: its config.json cannot be had from the Hub: {error}") from error
 
 
 def device_of(gpu: str, bandwidth: float | None, tflops: float | None, memory_gb: float | None) -> Device:

@@ -5,7 +5,7 @@ time goes and how it scales, to within tens of per cent, not what a given server
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 from preft_core.layout import RANKS, Bucket, Layout, Site
 
@@ -78,17 +78,24 @@ class Shape:
         return 2 * self.num_kv_heads * self.head_dim * self.num_layers * element_bytes
 
     @classmethod
-    def of_config(cls, config: dict[str, Any], name: str) -> "Shape":
+    def of_config(cls, config: object, name: str) -> "Shape":
         """Returns the shape that a config.json describes.
 
         Raises:
-            ValueError: a field that is missing, or a mixture of experts.
+            ValueError: no JSON object, a field that is missing or of no use, or a mixture of experts.
         """
-        config = config.get("text_config", config)
+        config = config.get("text_config", config) if isinstance(config, dict) else config
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"the config of {name} holds {str(config)[:60]!r} where a JSON object is expected: give a model's "
+                "config.json"
+            )
         if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
             raise ValueError(f"{name} is a mixture of experts: the planner knows dense decoder-only models")
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         missing = [key for key in needed if not isinstance(config.get(key), int) or config[key] < 1]
+        optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key)]
+        missing += [key for key in optional if not isinstance(config[key], int) or config[key] < 1]
         if missing:
             raise ValueError(
                 f"the config of {name} has no positive {', '.join(missing)}: give a dense decoder-only model"

@@ -48,6 +48,15 @@ def test_what_is_not_there_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="no JSON"):
         planning.shape_of(str(tmp_path))
+    for config in ("[]", '"x"', '{"text_config": []}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match="where a JSON object is expected"):
+            planning.shape_of(str(tmp_path))
+    make_base("llama").save_pretrained(tmp_path)
+    right = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(right | {"head_dim": [8]}))
+    with pytest.raises(ValueError, match="no positive head_dim"):
+        planning.shape_of(str(tmp_path))
     with pytest.raises(ValueError, match="--gpu is 'tpu'"):
         planning.device_of("tpu", 1.0, None, None)
     with pytest.raises(ValueError, match="flops is -1"):
