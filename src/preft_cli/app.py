@@ -10,6 +10,7 @@ from rich.console import Console
 
 from preft_cli import distillation, doctor, hub
 from preft_cli.options import Method, Precision, quiet
+from preft_core.config import HubError
 
 HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
 
@@ -36,6 +37,8 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         _fail("stopped", 130)
+    except HubError as error:
+        _fail(str(error), 1)
     except (ValueError, TypeError, FileNotFoundError, NotImplementedError) as error:
         _fail(str(error), 2)
     except (RuntimeError, OSError, ImportError) as error:

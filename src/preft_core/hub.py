@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from preft_core.card import CARD_NAME, model_card, read_card
 from preft_core.config import HubError
 from preft_core.source import TRANSPORT_ERRORS, AdapterSource, find_adapter
 from preft_core.staging import staging_in
+from preft_core.workers import worker_threads
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def pull_adapters(
 ) -> list[Pulled]:
     """Pulls many adapters at once. One that fails leaves the others alone; what is there already is not fetched again.
 
+    Ctrl-C ends it when the downloads that run have ended.
+
     Args:
         adapters: name -> place, as in a manifest
         output: a directory with one folder per name
@@ -157,8 +160,8 @@ def pull_adapters(
         return Pulled(name, source.location, directory, None)
 
     found: dict[str, Pulled] = {}
-    with ThreadPoolExecutor(max_workers) as pool:
-        tasks = [pool.submit(pull, name, place) for name, place in adapters.items()]
+    with worker_threads(max_workers) as threads:
+        tasks = [threads.submit(pull, name, place) for name, place in adapters.items()]
         for task in as_completed(tasks):
             done = task.result()
             found[done.name] = done

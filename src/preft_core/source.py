@@ -3,20 +3,28 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from preft_core.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, AdapterConfig, AdapterError, load_adapter
-from preft_core.config import MAX_CONFIG_BYTES, read_config
+from preft_core.config import MAX_CONFIG_BYTES, HubError, read_config
 from preft_core.header import HEADER_START_BYTES, MAX_FILE_BYTES, TensorInfo, header_length, parse_header
+from preft_core.workers import worker_threads
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -27,6 +35,8 @@ TRANSPORT_ERRORS = tuple(
     for module in _TRANSPORTS
     if module is not None
 )
+# what the Hub does not have, or does not show
+_MISSING = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError)
 
 
 @dataclass(frozen=True)
@@ -35,18 +45,18 @@ class AdapterSource:
 
     Attributes:
         location: a directory, or "org/name@commit"
-        options: token, cache_dir, local_files_only for the Hub
+        options: token, cache_dir, local_files_only for the Hub; not in repr, which goes into logs
     """
 
     location: str
     config: AdapterConfig
-    options: dict[str, Any]
+    options: dict[str, Any] = field(repr=False)
 
     def fetch(self) -> Path:
         """Returns the directory of the adapter's files; downloads the weights if they are on the Hub and in no cache.
 
         Raises:
-            AdapterError: they cannot be had, or have more bytes than is read.
+            AdapterError: they cannot be had, or have more bytes than is read; HubError where another time may help.
         """
         repository = hub_id(self.location)
         if repository is None:
@@ -71,7 +81,7 @@ class AdapterSource:
         if repository is None:
             raise ValueError(f"{self.location} is a directory: use read_header")
         name, commit = repository
-        with _hub_errors(WEIGHTS_NAME, name, commit):
+        with hub_errors(WEIGHTS_NAME, name, commit):
             url = hf_hub_url(name, WEIGHTS_NAME, revision=commit)
             api = HfApi(token=self.options.get("token"))
             size = get_hf_file_metadata(url, token=self.options.get("token")).size or 0
@@ -89,6 +99,7 @@ def find_adapter(location: str | os.PathLike[str], **options: Any) -> AdapterSou
         options: token, cache_dir, local_files_only for the Hub
     Raises:
         AdapterError: no such directory or repository, or a config that the format does not allow.
+        HubError: the Hub did not answer, or failed.
     """
     location = os.fspath(location)
     repository = hub_id(location)
@@ -118,7 +129,8 @@ def same_place(location: str, known: str) -> bool:
 
 
 @contextmanager
-def _hub_errors(file: str, name: str, revision: str | None) -> Iterator[None]:
+def hub_errors(file: str, name: str, revision: str | None) -> Iterator[None]:
+    """Says in our words why a file of a repository cannot be had: HubError where another time may help."""
     try:
         yield
     except (
@@ -129,11 +141,13 @@ def _hub_errors(file: str, name: str, revision: str | None) -> Iterator[None]:
         *TRANSPORT_ERRORS,
         OSError,
     ) as error:
-        raise AdapterError(f"{file} of {name}@{revision or 'main'} cannot be had from the Hub: {error}") from error
+        missing = isinstance(error, _MISSING) and not isinstance(error, LocalEntryNotFoundError)
+        kind = AdapterError if missing else HubError
+        raise kind(f"{file} of {name}@{revision or 'main'} cannot be had from the Hub: {error}") from error
 
 
 def _download(name: str, revision: str | None, file: str, max_bytes: int, options: dict[str, Any]) -> Path:
-    with _hub_errors(file, name, revision):
+    with hub_errors(file, name, revision):
         if not options.get("local_files_only") and not _cached(name, revision, file, options):
             url = hf_hub_url(name, file, revision=revision)
             try:
@@ -195,7 +209,7 @@ def find_all(locations: Mapping[str, str], fetch: bool = False) -> dict[str, Ada
             return f"{item[0]!r}: {error}"
         return source
 
-    with ThreadPoolExecutor(8) as threads:
+    with worker_threads(8) as threads:
         found = dict(zip(locations, threads.map(find, locations.items()), strict=True))
     faults = [fault for fault in found.values() if isinstance(fault, str)]
     if faults:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import preft_cli
-from preft_cli.app import app
+from preft_cli.app import app, main
 from preft_core.adapter import load_adapter
+from preft_core.source import find_adapter
 
 from ..conftest import TGI_PYTHON
 from ..hf.zoo import make_base, make_preft
@@ -80,6 +81,30 @@ def test_faults_are_said(hub, tmp_path, capsys):  # noqa: F811
         app(["push", str(tmp_path / "a"), str(tmp_path / "a"), "--to", "org/name"])
     with pytest.raises(ValueError, match="named twice"):
         app(["pull", "org/bad", "org/bad@main"])
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "code"),
+    [("org/mine", "reset", 1), ("org/mine", "500", 1), ("org/mine", None, 2), ("org/no/id", None, 2)],
+)
+def test_a_hub_that_fails_is_no_mistake_of_the_user(hub, capsys, monkeypatch, place, kind, code):  # noqa: F811
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    if kind is not None:
+        hub.fault("any", kind)
+    for command in (["inspect", place], ["plan", "--model", place]):
+        monkeypatch.setattr(sys, "argv", ["preft", *command])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == code, capsys.readouterr().err
+        assert "preft: " in capsys.readouterr().err
+
+
+def test_a_token_is_in_no_repr(hub, tmp_path):  # noqa: F811
+    make_preft(make_base()).save_pretrained(tmp_path / "a")
+    hub.put("org/mine", {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()})
+    source = find_adapter("org/mine", token=TOKEN)
+    assert source.options["token"] == TOKEN
+    assert TOKEN not in repr(source)
 
 
 def test_convert_and_export(tmp_path, capsys):
