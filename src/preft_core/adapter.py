@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -261,8 +262,10 @@ def publish_files(staging: Path, directory: Path) -> None:
 
     The config has to carry its fingerprint. Each file changes in one step. Between the two steps, a reader finds the
     new config beside the old weights or none, which its fingerprint refuses; never a mixture that passes for an
-    adapter.
+    adapter. Both may be read by those whom the umask lets.
     """
+    # safetensors 0.8 makes files that their owner alone may read, and a server is often another user
+    shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         with (staging / name).open("rb+") as file:
             os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,5 +98,6 @@ def to_lora(adapter: str | Path, output: str | Path) -> None:
     with staging_in(Path(output)) as staging:
         save_file(tensors, staging / WEIGHTS_NAME, {"format": "pt"})
         (staging / CONFIG_NAME).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(staging / name, Path(output) / name)

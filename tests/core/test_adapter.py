@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -34,6 +35,10 @@ from preft_core.adapter import (
     read_header,
     save_adapter,
 )
+from preft_core.hub import pull_adapter
+from preft_core.transform import to_lora
+
+from ..hf.zoo import make_base, make_preft
 
 METHODS = ["lora", "direft", "loreft"]
 
@@ -353,3 +358,18 @@ def test_a_killed_save_leaves_the_old_the_new_or_an_error(tmp_path):
         except AdapterError as error:
             seen.add("refused" if re.search("interrupted|cannot be read", str(error)) else str(error))
     assert seen <= {*marks, "refused"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_both_files_are_for_those_whom_the_umask_lets_read(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_adapter(tmp_path / "a", config_of(), tensors_of())
+        pull_adapter(str(tmp_path / "a"), tmp_path / "copy")
+        to_lora(tmp_path / "a", tmp_path / "lora")
+        make_preft(make_base()).save_pretrained(str(tmp_path / "peft"))
+    finally:
+        os.umask(before)
+    for file in tmp_path.glob("*/adapter_*"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask, file
