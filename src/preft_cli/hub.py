@@ -1,6 +1,7 @@
 """`preft push | pull | verify | convert | export`: adapters between this machine, the Hub and plain LoRA."""
 
 import json as format
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,32 +25,50 @@ def push(
     json: Json = False,
 ) -> None:
     """Check adapters and commit each with a model card to the Hub."""
-    from preft_core.hub import push_adapter
-
     if len(adapters) > 1 and "/" in to:
         raise ValueError(
             f"--to is {to!r} for {len(adapters)} adapters: give the org alone; each is named by its folder"
         )
+    targets = {folder: to if len(adapters) == 1 else f"{to}/{folder.resolve().name}" for folder in adapters}
+    if len(set(targets.values())) < len(adapters):
+        raise ValueError(
+            f"two of {', '.join(map(str, adapters))} would go to one repository: each is named by its folder; push "
+            "them one by one"
+        )
+    options = {"token": token, "private": private or None, "revision": revision, "create_pr": create_pr}
+    options |= {"subfolder": subfolder, "commit_message": message}
     made: list[dict[str, Any]] = []
-    with Progress(console=Console(stderr=True), disable=len(adapters) == 1) as progress:
-        for folder in progress.track(adapters, description="push"):
-            target = to if len(adapters) == 1 else f"{to}/{folder.resolve().name}"
-            pushed = push_adapter(
-                folder,
-                target,
-                token=token,
-                private=private or None,
-                revision=revision,
-                create_pr=create_pr,
-                subfolder=subfolder,
-                commit_message=message,
-            )
-            made.append(dict(vars(pushed)))
+    try:
+        with Progress(console=Console(stderr=True), disable=len(adapters) == 1) as progress:
+            for folder, target in progress.track(targets.items(), description="push"):
+                made.append(_pushed(folder, target, options))
+    finally:
+        # after Ctrl-C too: what was pushed is on the Hub
+        _show_pushed(made, json)
+    if any(facts["error"] is not None for facts in made):
+        raise typer.Exit(1)
+
+
+def _pushed(folder: Path, target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Pushes one adapter and returns what came of it, its error included."""
+    from preft_core.hub import push_adapter
+
+    facts = {"folder": str(folder), "repository": target, "commit": None, "url": None, "pull_request": None}
+    try:
+        return facts | vars(push_adapter(folder, target, **options)) | {"error": None}
+    except (ValueError, RuntimeError, OSError) as error:
+        # a bad adapter or card, an upload that failed, a Hub that refuses
+        return facts | {"error": str(error)}
+
+
+def _show_pushed(made: list[dict[str, Any]], json: bool) -> None:
     if json:
         print(format.dumps(made, indent=1))
-        return
     for facts in made:
-        print(f"{facts['repository']}@{facts['commit']}  {facts['pull_request'] or facts['url']}")
+        if facts["error"] is not None:
+            _say(f"{facts['folder']}: {facts['error']}")
+        elif not json:
+            print(f"{facts['repository']}@{facts['commit']}  {facts['pull_request'] or facts['url']}")
 
 
 def pull(
@@ -64,13 +83,16 @@ def pull(
 ) -> None:
     """Download adapters, check them, and say where they are."""
     from preft_core.hub import pinned, pull_adapters
-    from preft_core.manifest import write_manifest
+    from preft_core.manifest import name_fault, write_manifest
 
-    adapters = _named(places)
+    adapters = _named(places, by_folder=True)
     if len(adapters) == 1 and output is not None and not _is_manifest(places[0]):
+        output = Path(os.path.abspath(output))
         adapters, output = {output.name: places[0]}, output.parent
-    console = Console(stderr=True)
-    with Progress(console=console, disable=len(adapters) == 1) as progress:
+    faults = [f"{name!r}: {fault}" for name in adapters if (fault := name_fault(name))]
+    if pin is not None and faults:
+        raise ValueError(f"--pin {pin} cannot name {'; '.join(faults)}: give --output another folder name")
+    with Progress(console=Console(stderr=True), disable=len(adapters) == 1) as progress:
         bar = progress.add_task("pull", total=len(adapters))
         found = pull_adapters(
             adapters, output, max_workers=workers, progress=lambda one: progress.advance(bar), token=token
@@ -82,9 +104,11 @@ def pull(
             print(f"{one.name}  {one.location}  {one.directory}")
     failed = [one for one in found if one.error is not None]
     for one in failed:
-        console.print(f"preft: {one.name}: {one.error}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"{one.name}: {one.error}")
     if pin is not None and not failed:
         write_manifest(pin, pinned(found))
+    elif pin is not None:
+        _say(f"{pin} is not written, as it would not name {len(failed)} of {len(found)} adapters")
     if failed:
         raise typer.Exit(1)
 
@@ -96,7 +120,6 @@ def verify(
     json: Json = False,
 ) -> None:
     """Run every check of the format, and with --base a self-test: does it fit, does decoding stay the base model's?"""
-    from preft_core.adapter import AdapterError
     from preft_core.hub import pull_adapter
 
     model = None
@@ -116,7 +139,8 @@ def verify(
                 from preft_hf.verify import try_adapter
 
                 facts |= try_adapter(directory, copy.deepcopy(model))
-        except AdapterError as error:
+        except (ValueError, RuntimeError, OSError) as error:
+            # bad files, or good ones that do not fit this base model
             facts |= {"ok": False, "error": str(error)}
         results.append(facts)
         if not json:
@@ -159,15 +183,37 @@ def _is_manifest(place: str) -> bool:
     return place.endswith((".toml", ".json")) and Path(place).is_file()
 
 
-def _named(places: list[str]) -> dict[str, str]:
-    """Returns name -> place for manifests, folders and Hub ids given one after the other."""
-    from preft_core.manifest import read_manifest
+def _named(places: list[str], by_folder: bool = False) -> dict[str, str]:
+    """Returns name -> place for manifests, folders and Hub ids given one after the other.
+
+    Args:
+        by_folder: a folder is named by the last part of its path, by which a copy or a manifest can name it
+    """
+    from preft_core.manifest import name_fault, read_manifest
+    from preft_core.source import hub_id
 
     found: dict[str, str] = {}
     for place in places:
-        several = read_manifest(place) if _is_manifest(place) else {place.split("@")[0].rstrip("/"): place}
+        repository = hub_id(place)
+        if _is_manifest(place):
+            several = read_manifest(place)
+        elif repository is not None:
+            several = {repository[0]: place}
+        else:
+            several = {os.path.basename(os.path.abspath(place)) if by_folder else place: place}
+            fault = name_fault(next(iter(several))) if by_folder else None
+            if fault:
+                raise ValueError(
+                    f"{place!r} would be named by the last part of its path, and a name is {fault}: name it in a "
+                    "manifest, and give that"
+                )
         twice = sorted(found.keys() & several.keys())
         if twice:
-            raise ValueError(f"{', '.join(twice)} is named twice: name each adapter once")
+            both = ", ".join(f"{name} ({found[name]} and {several[name]})" for name in twice)
+            raise ValueError(f"{both} is named twice: name each adapter once, or give names in a manifest")
         found |= several
     return found
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(f"preft: {message}", markup=False, highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from preft_core.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, load_adapter, publish_files
 from preft_core.card import CARD_NAME, model_card, read_card
 from preft_core.config import HubError
-from preft_core.source import TRANSPORT_ERRORS, AdapterSource, find_adapter
+from preft_core.source import TRANSPORT_ERRORS, AdapterSource, find_adapter, hub_id
 from preft_core.staging import staging_in
 from preft_core.workers import worker_threads
 
@@ -141,16 +141,19 @@ def pull_adapters(
 
     Args:
         adapters: name -> place, as in a manifest
-        output: a directory with one folder per name
+        output: a directory with one folder per name; a directory among the places is copied into it
         max_workers: downloads at once
         progress: called when one has ended
     Returns:
         in the order of adapters.
     Raises:
-        ValueError: max_workers below 1.
+        ValueError: max_workers below 1, or a name that is no folder in output. Nothing was pulled.
     """
     if max_workers < 1:
         raise ValueError(f"max_workers is {max_workers}: 1 or more")
+    outside = [name for name in adapters if not name or Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside and output is not None:
+        raise ValueError(f"names that are no folder in {output}: {', '.join(map(repr, outside))}; name them otherwise")
 
     def pull(name: str, place: str) -> Pulled:
         try:
@@ -170,8 +173,12 @@ def pull_adapters(
 
 
 def pinned(pulled: Sequence[Pulled]) -> dict[str, str]:
-    """Returns name -> place with Hub revisions replaced by the commits that were found, for a manifest."""
-    return {one.name: one.location for one in pulled if one.error is None}
+    """Returns name -> place for a manifest: Hub ids at the commits that were found, directories as absolute paths."""
+    return {
+        one.name: one.location if hub_id(one.location) else os.path.abspath(one.location)
+        for one in pulled
+        if one.error is None
+    }
 
 
 @contextmanager
