@@ -8,12 +8,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from preft_core.config import AdapterError
+from preft_core.config import AdapterError, HubError
 from tgi_patch.registry import AdapterTaken, Registry, UnknownAdapter
 from tgi_patch.settings import private_directory
 
 MAX_LINE = 1 << 20
-KINDS = {AdapterError: "refused", AdapterTaken: "taken", UnknownAdapter: "unknown"}
+KINDS = {HubError: "failed", AdapterError: "refused", AdapterTaken: "taken", UnknownAdapter: "unknown"}
 
 
 def socket_path(directory: Path, rank: int) -> Path:
@@ -64,7 +64,8 @@ class _Handler(socketserver.StreamRequestHandler):
                 assert isinstance(self.server, _Server)
                 answer = {"ok": True, **answer_to(self.server.registry, request)}
             except tuple(KINDS) as error:
-                answer = {"ok": False, "kind": KINDS[type(error)], "error": str(error)}
+                kind = next(kind for of, kind in KINDS.items() if isinstance(error, of))
+                answer = {"ok": False, "kind": kind, "error": str(error)}
             except (ValueError, KeyError, TypeError) as error:
                 answer = {"ok": False, "kind": "refused", "error": f"{type(error).__name__}: {error}"}
             except OSError as error:

@@ -1,12 +1,18 @@
 """Ranks that do not hold the same, do not answer, or lose an adapter: no request reaches an adapter that some lack."""
 
 import asyncio
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
 
+from preft_core.config import AdapterError, HubError
 from tgi_patch import fleet as fleet_module
+from tgi_patch.control import ControlServer, ask
 from tgi_patch.front import Limits
+from tgi_patch.registry import AdapterTaken, UnknownAdapter
 from tgi_patch.settings import Settings
 
 from .doors import Shards, door, generate, run
@@ -228,3 +234,28 @@ def test_what_is_no_utf8_and_too_deep_on_admin_routes():
             assert response.status == 422
 
     run(check())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (AdapterError("no"), "refused"),
+        (HubError("no way"), "failed"),
+        (UnknownAdapter("who"), "unknown"),
+        (AdapterTaken("twice"), "taken"),
+        (UnicodeError("?"), "refused"),
+        (OSError("full"), "failed"),
+    ],
+)
+def test_every_error_of_a_rank_is_an_answer(error, kind):
+    def add(name, location):
+        raise error
+
+    with tempfile.TemporaryDirectory(prefix="preft-") as root:
+        server = ControlServer(Path(root) / "c", 0, SimpleNamespace(add=add))
+        server.start()
+        try:
+            answer = ask(Path(root) / "c", 0, {"op": "add", "name": "x", "location": "y"})
+        finally:
+            server.close()
+    assert (answer["ok"], answer["kind"]) == (False, kind)
