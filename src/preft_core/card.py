@@ -138,8 +138,9 @@ def _parsed(text: str, name: str) -> ModelCard:
     try:
         return ModelCard(text, ignore_metadata_errors=False)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the metadata of {name}, between --- and ---, are no YAML table of a model card: {error}; mend them, or "
+            f"the metadata of {name}, between --- and ---, are no YAML table of a model card: {reason}; mend them, or "
             "take them away"
         ) from error
 
