@@ -236,13 +236,14 @@ def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> Share
     if not isinstance(attention_mask, Tensor):
         attention_mask = None
     mask = mask_from_labels(labels, attention_mask)
-    if not torch.compiler.is_compiling():
-        if declared_phase() is not None:
-            raise ValueError(
-                "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
-            )
-        check_prompts(mask, labels, values.get("attention_mask"), values.get("position_ids"))
-    return phase_of_mask(mask)
+    if not torch.compiler.is_compiling() and declared_phase() is not None:
+        raise ValueError(
+            "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
+        )
+    ids = values.get("input_ids")
+    return phase_of_mask(
+        check_prompts(mask, labels, values.get("attention_mask"), values.get("position_ids"), input_ids=ids)
+    )
 
 
 def _phase_of_cache(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:

@@ -34,14 +34,14 @@ def batch(padding: str = "right") -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def rows() -> list[tuple[Tensor, int]]:
-    return [(prompt(1, length, seed=20 + i), num_prompt) for i, (length, num_prompt) in enumerate(LENGTHS)]
+def rows(lengths: list[tuple[int, int]] = LENGTHS) -> list[tuple[Tensor, int]]:
+    return [(prompt(1, length, seed=20 + i), num_prompt) for i, (length, num_prompt) in enumerate(lengths)]
 
 
-def two_phase_loss(adapted, base) -> Tensor:
+def two_phase_loss(adapted, base, lengths: list[tuple[int, int]] = LENGTHS) -> Tensor:
     """The loss by hand: each row alone, its prompt through the adapted model, its response through the base model."""
     losses = []
-    for ids, num_prompt in rows():
+    for ids, num_prompt in rows(lengths):
         cache = DynamicCache(config=base.config)
         first = adapted(input_ids=ids[:, :num_prompt], **cache_argument(cache), use_cache=True).logits[:, -1:]
         rest = base(input_ids=ids[:, num_prompt:], **cache_argument(cache), use_cache=True).logits
@@ -186,21 +186,27 @@ def test_autocast_and_accumulation(method):
         assert torch.allclose(grad, expected[name], atol=1e-6, rtol=1e-4), name
 
 
-def packed() -> dict[str, Tensor]:
+def packed(lengths: list[tuple[int, int]] = LENGTHS) -> dict[str, Tensor]:
     """The rows one after the other in one row, told apart by their positions."""
-    ids = torch.cat([ids for ids, _ in rows()], 1)
-    labels = torch.cat([ids.masked_fill(torch.arange(ids.shape[1]) < n, -100) for ids, n in rows()], 1)
-    positions = torch.cat([torch.arange(ids.shape[1]) for ids, _ in rows()])[None]
+    ids = torch.cat([ids for ids, _ in rows(lengths)], 1)
+    labels = torch.cat([ids.masked_fill(torch.arange(ids.shape[1]) < n, -100) for ids, n in rows(lengths)], 1)
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids, _ in rows(lengths)])[None]
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_free_rows_equal_the_samples_alone(method):
     c = case("llama", method)
+    longer = [(9, 4), (9, 2), (7, 6)]
     with torch.no_grad():
-        expected = two_phase_loss(c.adapted, c.base)
         # transformers keeps the sequences apart by their positions where no cache is asked for, as in training
-        assert abs(c.model(**packed(), use_cache=False).loss - expected) < 1e-5
+        found = c.model(**packed(longer), use_cache=False).loss
+        assert abs(found - two_phase_loss(c.adapted, c.base, longer)) < 1e-5
+        # a prompt of one token looks like plain text whose first label was taken off
+        with pytest.raises(ValueError, match="no prompt token"):
+            c.model(**packed(), use_cache=False)
+        found = c.model(**packed(), prefill_mask=packed()["labels"] == -100, use_cache=False).loss
+        assert abs(found - two_phase_loss(c.adapted, c.base)) < 1e-5
 
 
 def test_padding_free_rows_of_plain_text_are_refused():
