@@ -16,6 +16,7 @@ from preft_hf.packed import PackedAdapters
 from preft_hf.per_thread import PerThread
 from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
 from preft_hf.routing import Routing, RowAdapters
+from preft_hf.trainer_step import trainer_of_step
 from preft_hf.training import check_prompts, checkpointed_modules, keep_phase_in_checkpoints, mask_from_labels
 
 ATTRIBUTE = "_preft_attachment"
@@ -188,6 +189,14 @@ class Attachment:
                 "a PreFT model in train mode was given neither labels nor prefill_mask, so it cannot tell prompt from "
                 "response tokens: pass labels with -100 on the prompt, or, where the trainer withholds labels from "
                 "the model (label smoothing, compute_loss_func), pass prefill_mask with PrefillMaskCollator"
+            )
+        trainer = trainer_of_step()
+        if trainer is not None:
+            raise ValueError(
+                f"{trainer} gave the model neither labels nor prefill_mask in evaluation, where rows of prompt and "
+                "response would all count as prompt: pass prefill_mask with PrefillMaskCollator, leave out what "
+                "withholds the labels (compute_metrics in TRL's trainers, label smoothing, compute_loss_func), or, "
+                'if the rows are prompts alone, evaluate inside preft_phase("prefill")'
             )
         return _phase_of_cache(values, shape)
 

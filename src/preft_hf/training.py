@@ -123,7 +123,9 @@ def _(mask: Tensor, labels: Tensor, positions: Tensor | None, tokens: Tensor | N
 class PrefillMaskCollator:
     """Adds `prefill_mask`, bool (batch, length), to the batches of another collator.
 
-    For the cases where labels do not reach the model: label smoothing, `compute_loss_func`, losses of your own.
+    For the cases where labels do not reach the model: label smoothing, `compute_loss_func`, losses of your own, and
+    `compute_metrics` in TRL's SFTTrainer and DPOTrainer. The prompt is read from `labels`, or from the
+    `completion_mask` of TRL's preference collators.
 
         Trainer(..., data_collator=PrefillMaskCollator(DataCollatorForSeq2Seq(tokenizer)))
     """
@@ -135,18 +137,21 @@ class PrefillMaskCollator:
         """Returns the inner collator's batch with its mask.
 
         Raises:
-            ValueError: the batch has no labels to read the prompt from, or a row without a prompt.
+            ValueError: the batch has nothing to read the prompt from, or a label without a prompt.
         """
         batch = dict(self.collator(features))
-        labels = batch.get("labels")
+        labels, completion = batch.get("labels"), batch.get("completion_mask")
+        if not isinstance(labels, Tensor) and isinstance(completion, Tensor):
+            labels = batch["input_ids"].masked_fill(completion == 0, IGNORED_LABEL)
         if not isinstance(labels, Tensor):
             raise ValueError(
-                f"the batch has {', '.join(sorted(batch))} but no labels tensor: PrefillMaskCollator takes the prompt "
-                f"from labels that are {IGNORED_LABEL} there; give it a collator that pads labels, such as "
-                "DataCollatorForSeq2Seq"
+                f"the batch has {', '.join(sorted(batch))} but no labels tensor, nor completion_mask: "
+                f"PrefillMaskCollator takes the prompt from labels that are {IGNORED_LABEL} there; give it a collator "
+                "that pads labels, such as DataCollatorForSeq2Seq"
             )
-        batch["prefill_mask"] = mask_from_labels(labels, batch.get("attention_mask"))
-        check_prompts(batch["prefill_mask"], labels, batch.get("attention_mask"), batch.get("position_ids"))
+        attended, positions = batch.get("attention_mask"), batch.get("position_ids")
+        mask = mask_from_labels(labels, attended)
+        batch["prefill_mask"] = check_prompts(mask, labels, attended, positions, batch.get("input_ids"))
         return batch
 
 

@@ -4,6 +4,11 @@ from typing import Any
 
 from preft_hf.training import PrefillMaskCollator
 
+# they give the model rows of prompt and response without labels, and no mask that a collator adds
+UNLABELLED = frozenset(
+    f"{name}Trainer" for name in ("A2PO", "CPO", "GKD", "GOLD", "IWOPD", "OnlineDPO", "ORPO", "SDFT", "SDPO")
+)
+
 
 def check_trainer(trainer: Any) -> None:
     """Checks a trainer's settings before hours go into it; call it between making the trainer and `train()`.
@@ -40,9 +45,30 @@ def check_trainer(trainer: Any) -> None:
             f"{found}: the labels then do not reach the model; use data_collator=PrefillMaskCollator(collator), which "
             "passes the mask"
         )
-    if any(kind.__name__ in ("RewardTrainer", "PRMTrainer") for kind in type(trainer).__mro__):
-        faults.append(
-            "a reward model: it reads text and decodes none, so prefill-only is plain LoRA there; use peft.LoraConfig"
-        )
+    faults += _faults_of_kind(trainer, {kind.__name__ for kind in type(trainer).__mro__})
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def _faults_of_kind(trainer: Any, kinds: set[str]) -> list[str]:
+    """Returns what does not fit in the way in which trainers of this kind call the model."""
+    if kinds & {"RewardTrainer", "PRMTrainer"}:
+        return [
+            "a reward model: it reads text and decodes none, so prefill-only is plain LoRA there; use peft.LoraConfig"
+        ]
+    if kinds & UNLABELLED:
+        return [
+            f"{min(kinds & UNLABELLED)} gives the model neither labels nor a mask, in training nor in evaluation, so "
+            "nothing tells prompt from response; use SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer"
+        ]
+    collator = trainer.data_collator
+    has_logits = getattr(trainer, "compute_metrics", None) is not None and not trainer.args.prediction_loss_only
+    if has_logits and "KTOTrainer" in kinds:
+        return ["compute_metrics is set: KTOTrainer makes its logits without labels and takes no mask; leave it out"]
+    if has_logits and kinds & {"SFTTrainer", "DPOTrainer"} and not isinstance(collator, PrefillMaskCollator):
+        return [
+            "compute_metrics is set: TRL makes its logits without labels; use "
+            f"data_collator=PrefillMaskCollator(collator) around a {type(collator).__name__}, which the trainer has "
+            "now, or leave compute_metrics out"
+        ]
+    return []
