@@ -56,7 +56,7 @@ def conversations(num: int, seed: int = 0) -> list[Conversation]:
 
 def expanded(messages: Conversation, tokenizer: Any) -> list[Sample]:
     """Returns one sample for each answer, everything before it being the prompt."""
-    turns = [Turn(one["prompt"], one["completion"][0]["content"], 0) for one in expand_turns(messages)]
+    turns = [Turn(one["prompt"], one["completion"][0], 0) for one in expand_turns(messages)]
     return encode_turns(turns, tokenizer, 1024)[0]
 
 

@@ -178,8 +178,8 @@ def _samples(
     turns: list[Turn], teacher: Any, tokenizer: Any, options: DistillOptions, console: Console, title: str
 ) -> tuple[list[Sample], int]:
     """Returns samples of the given responses, then of responses that the teacher draws, and how many are given."""
-    given = [turn for turn in turns if turn.response and not options.sample]
-    asked = [turn for turn in turns if not turn.response or options.sample]
+    given = [turn for turn in turns if not turn.is_open and not options.sample]
+    asked = [turn for turn in turns if turn.is_open or options.sample]
     samples, num_long = encode_turns(given, tokenizer, options.max_length) if given else ([], 0)
     num_given = len(samples)
     if asked:

@@ -23,7 +23,7 @@ def test_pairs_and_messages(tmp_path):
         json.dumps({"prompt": "w05 ", "response": "w06 "}) + "\n\n" + json.dumps({"messages": chat}) + "\n"
     )
     turns = read_turns(file)
-    assert turns == [Turn("w05 ", "w06 ", 1), Turn(chat[:1], "w06", 3), Turn(chat[:3], "w08", 3)]
+    assert turns == [Turn("w05 ", "w06 ", 1), Turn(chat[:1], chat[1], 3), Turn(chat[:3], chat[3], 3)]
     encoded, num_long = encode_turns(turns, tokenizer(), 64)
     assert num_long == 0
     assert encoded == [

@@ -293,7 +293,7 @@ def test_prompts_alone(tmp_path):
         Turn("w05 ", "", 1),
         Turn("w05 ", "w06", 2),
         Turn([user], "", 3),
-        Turn([user], "w06", 4),
+        Turn([user], assistant, 4),
         Turn([user, assistant, user], "", 4),
     ]
     assert encode_prompts([turns[0], turns[2]], tokenizer(), 64) == ([[5], [5, 3]], 0)
