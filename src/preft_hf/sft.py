@@ -93,7 +93,10 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     if plan.patience:
-        trainer.add_callback(EarlyStoppingCallback(plan.patience))
+        stopping = EarlyStoppingCallback(plan.patience)
+        if checkpoint is not None:
+            stopping.early_stopping_patience_counter = _num_worse_evaluations(checkpoint)
+        trainer.add_callback(stopping)
     with bar:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -134,6 +137,17 @@ def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest whole checkpoint; None if there is none. Trainer writes trainer_state.json last."""
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json") if _is_json(file)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _num_worse_evaluations(checkpoint: Path) -> int:
+    """Returns how many evaluations in a row had no lower loss when the checkpoint was written.
+
+    Trainer's own way, restore_callback_states_from_checkpoint, brings back the patience of then as well.
+    """
+    callbacks = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
+    saved = callbacks.get(EarlyStoppingCallback.__name__)
+    # a run without patience counts none
+    return 0 if saved is None else saved["attributes"]["early_stopping_patience_counter"]
 
 
 def _is_json(file: Path) -> bool:
