@@ -6,8 +6,20 @@ from datasets import Dataset, load_dataset
 from tiny import load
 from trl import SFTConfig, SFTTrainer
 
-from preft_hf import PreftConfig
+from preft_hf import PreftConfig, expand_turns
 from preft_hf.trl import check_trainer
+
+
+def read(path: str) -> Dataset:
+    """Returns rows of prompt and completion: of messages one for each assistant turn, as most servers see them."""
+    data = load_dataset("json", data_files=path, split="train")
+    if "messages" not in data.column_names:
+        return data
+    others = [name for name in data.column_names if name != "messages"]
+    samples = []
+    for row in data:
+        samples += [{name: row[name] for name in others} | sample for sample in expand_turns(row["messages"])]
+    return Dataset.from_list(samples)
 
 
 def main() -> None:
@@ -23,7 +35,7 @@ def main() -> None:
     if options.smoke:
         data = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 1} w{i}"} for i in range(16)])
     else:
-        data = load_dataset("json", data_files=options.data, split="train")
+        data = read(options.data)
     trainer = SFTTrainer(
         model=model,
         # a prompt's tokens are adapted, a completion's are not, and the loss is on the completion

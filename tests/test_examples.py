@@ -1,5 +1,6 @@
 """Each script in examples/ runs with --smoke, as a user starts it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,25 +10,60 @@ import pytest
 
 from preft_core.adapter import load_adapter
 
+from .hf.test_trainers import CHATS, tokenizer
+from .hf.zoo import make_base
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "multi_adapter"])
-def test_the_example_runs(name, tmp_path):
-    arguments = [] if name == "multi_adapter" else ["--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), "--smoke", *arguments],
-        cwd=tmp_path,
+def run(place: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)],
+        cwd=place,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
+
+
+def has_learned(adapter: Path) -> bool:
+    weights = load_adapter(adapter).tensors
+    return any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "preft_B" in name)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "multi_adapter"])
+def test_the_example_runs(name, tmp_path):
+    arguments = [] if name == "multi_adapter" else ["--output", tmp_path / "out"]
+    done = run(tmp_path, name, "--smoke", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     if name == "multi_adapter":
         assert [line.partition(":")[0] for line in done.stdout.splitlines()[:3]] == ["one", "two", "__base__"]
     else:
-        weights = load_adapter(tmp_path / "out").tensors
-        assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "preft_B" in name)
+        assert has_learned(tmp_path / "out")
+
+
+def test_sft_reads_messages(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    arguments = ("--model", tmp_path / "base", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out")
+    done = run(tmp_path, "sft", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert has_learned(tmp_path / "out")
+
+
+def test_sft_makes_a_row_of_each_assistant_turn(tmp_path):
+    user, one, two = ({"role": role, "content": role[0]} for role in ("user", "assistant", "assistant"))
+    file, tools = tmp_path / "rows.jsonl", [{"type": "function"}]
+    file.write_text(json.dumps({"messages": [user, one, user, two], "tools": tools}))
+    code = "import json, sys, sft; print(json.dumps(sft.read(sys.argv[1]).to_list()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], cwd=EXAMPLES, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        {"tools": tools, "prompt": [user], "completion": [one]},
+        {"tools": tools, "prompt": [user, one, user], "completion": [two]},
+    ]
 
 
 def test_there_is_no_other_example():
