@@ -213,9 +213,8 @@ def _texts(turn: Turn, tokenizer: Any) -> tuple[str, str]:
     prompt = _prompt_text(turn, tokenizer)
     if isinstance(turn.prompt, str):
         return prompt, f"{prompt}{turn.response}{tokenizer.eos_token or ''}"
-    answer = turn.response
-    if isinstance(answer, str):
-        answer = {"role": "assistant", "content": answer}
+    given = turn.response
+    answer = {"role": "assistant", "content": given} if isinstance(given, str) else given
     _check_written(turn, tokenizer, answer)
     return prompt, _rendered(turn, tokenizer, [*turn.prompt, answer], add_generation_prompt=False)
 

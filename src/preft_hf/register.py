@@ -19,6 +19,7 @@ from preft_hf.config import PreftConfig, PreftType
 from preft_hf.hub import push_model
 from preft_hf.layer import PreftBlock
 from preft_hf.model import PreftModel
+from preft_hf.resized import warn_of_resized
 
 LEAVES = PreftBlock.adapter_layer_names
 
@@ -79,6 +80,8 @@ def _save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
             )
             return
         _check_save(save_directory, safe_serialization, save_embedding_layers, kwargs)
+        if save_embedding_layers == "auto" and is_main_process:
+            warn_of_resized(self, names)
         if is_main_process:
             check_gathered(self, names, kwargs.get("state_dict"))
         with staging_in(Path(save_directory)) as staging:
