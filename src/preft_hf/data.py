@@ -214,19 +214,19 @@ def _texts(turn: Turn, tokenizer: Any) -> tuple[str, str]:
     if isinstance(turn.prompt, str):
         return prompt, f"{prompt}{turn.response}{tokenizer.eos_token or ''}"
     given = turn.response
-    answer = {"role": "assistant", "content": given} if isinstance(given, str) else given
-    _check_written(turn, tokenizer, answer)
+    answer: dict[str, Any] = {"role": "assistant", "content": given} if isinstance(given, str) else given
+    _check_written(turn, tokenizer, turn.prompt, answer)
     return prompt, _rendered(turn, tokenizer, [*turn.prompt, answer], add_generation_prompt=False)
 
 
-def _check_written(turn: Turn, tokenizer: Any, answer: dict[str, Any]) -> None:
+def _check_written(turn: Turn, tokenizer: Any, before: list[dict[str, Any]], answer: dict[str, Any]) -> None:
     """Raises if the chat template leaves out a part of the answer, which then would not be learned."""
     said = answer | {"content": answer.get("content") or ""}
     for name in PARTS_OF_ANSWERS:
         if not answer.get(name):
             continue
         texts = [
-            _rendered(turn, tokenizer, [*turn.prompt, message], add_generation_prompt=False)
+            _rendered(turn, tokenizer, [*before, message], add_generation_prompt=False)
             for message in (said, {key: value for key, value in said.items() if key != name})
         ]
         if texts[0] == texts[1]:
