@@ -92,7 +92,7 @@ class Attachment:
         phase = self._decide(module, values, mask, adapters)
         self.phase.begin(phase)
         if not self._checked_reach and phase is not False and not torch.compiler.is_compiling():
-            self.phase.reached = None if self.boundary.nested else set()
+            self.phase.reached = None if self.boundary.drafting else set()
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -133,6 +133,7 @@ class Attachment:
     @torch.compiler.disable
     def _take(self, given: Any, training: bool) -> RowAdapters | PackedAdapters:
         """Returns the adapters of this forward alone, which `_let_go` unpins at its end."""
+        self.boundary.unpin()
         adapters = given if isinstance(given, PackedAdapters) else self.routing.of(given, training)
         self._of_forward.adapters = adapters
         return adapters

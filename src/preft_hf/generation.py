@@ -25,13 +25,13 @@ class Generation:
     Attributes:
         prompt_length: tokens of the prompt, which are prefill
         num_seen: tokens that this generation's forwards were given so far, plus what its cache held before
-        nested: True for a generate inside a generate
+        drafting: True for the generate by which an assisted generation has this same model draft its tokens
         adapters: one adapter per prompt, or None where the active ones act on all
     """
 
     prompt_length: int
     num_seen: int
-    nested: bool
+    drafting: bool
     adapters: RowAdapters | None
 
 
@@ -45,7 +45,8 @@ class PromptBoundary:
 
     `generate` records the length of the prompt. `prepare_inputs_for_generation`, which every decoding method calls
     before every forward, then adds `prefill_mask` by the positions of the forward's tokens. A generate inside a
-    generate (early exit, token healing) keeps the prompt of the outer one.
+    generate, as a streamer or a stopping criterion may call it, has a prompt and adapters of its own. Only where the
+    model drafts for itself (early exit), the prompt is the outer one's.
     """
 
     def __init__(self, model: nn.Module, routing: Routing):
@@ -56,6 +57,8 @@ class PromptBoundary:
         if hasattr(model, "generate"):
             self._replace("generate", Replacement(self, "generate"))
             self._replace("prepare_inputs_for_generation", Replacement(self, "prepare_inputs_for_generation"))
+        if hasattr(model, "heal_tokens"):
+            self._replace("heal_tokens", Replacement(self, "heal_tokens"))
         if hasattr(model, "generate_batch"):
             batching = ContinuousBatching(model, routing, self.original)
             for name in CONTINUOUS_BATCHING:
@@ -68,7 +71,7 @@ class PromptBoundary:
 
     def remove(self) -> None:
         """Gives the model its own methods back."""
-        for name in ("generate", "prepare_inputs_for_generation", *CONTINUOUS_BATCHING):
+        for name in ("generate", "prepare_inputs_for_generation", "heal_tokens", *CONTINUOUS_BATCHING):
             self.model.__dict__.pop(name, None)
         self.model.__dict__.update(self._own_methods)
 
@@ -82,9 +85,18 @@ class PromptBoundary:
         return self._thread.generation is not None
 
     @property
-    def nested(self) -> bool:
-        """True while this thread is inside a generate that the model's generate called, such as early exit's."""
-        return self._thread.generation is not None and self._thread.generation.nested
+    def drafting(self) -> bool:
+        """True while the model drafts for a generate of its own in this thread: early exit runs some layers only."""
+        return self._thread.generation is not None and self._thread.generation.drafting
+
+    def unpin(self) -> None:
+        """Lets go of the adapters of this thread's generation, whose next forward of prompt tokens pins them again.
+
+        Another call of the model inside that generation may need their slots.
+        """
+        generation = self._thread.generation
+        if generation is not None and generation.adapters is not None:
+            generation.adapters.release()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if declared_phase() is not None:
@@ -99,18 +111,38 @@ class PromptBoundary:
             )
         outer = self._thread.generation
         cached = cached_length(cache_of(kwargs)) or 0
-        prompt_length = outer.prompt_length if outer else self._prompt_length(inputs, kwargs, cached)
-        adapters = outer.adapters if outer else self._row_adapters(inputs, kwargs)
+        if outer is not None and _is_draft(args, kwargs):
+            generation = Generation(outer.prompt_length, cached, True, outer.adapters)
+        else:
+            self.unpin()
+            adapters = self._row_adapters(inputs, kwargs)
+            generation = Generation(self._prompt_length(inputs, kwargs, cached), cached, False, adapters)
         kwargs.pop("adapter_names", None)
-        self._thread.generation = Generation(prompt_length, cached, outer is not None, adapters)
+        self._thread.generation = generation
         try:
             # the names are with the generation now; compiled decode steps must not look for declared ones
             with self.routing.declare(None):
                 return self.original("generate")(inputs, *args, **kwargs)
         finally:
             self._thread.generation = outer
-            if adapters is not None and outer is None:
-                adapters.release()
+            if generation.adapters is not None and not generation.drafting:
+                generation.adapters.release()
+
+    def heal_tokens(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Token healing makes a prompt of another length, and calls generate for the last token of each row."""
+        generation = self._thread.generation
+        if generation is None:
+            return self.original("heal_tokens")(input_ids, *args, **kwargs)
+        names = generation.adapters.names if generation.adapters is not None else None
+        if names is not None and len(set(names)) > 1:
+            raise ValueError(
+                f"token_healing with adapter_names {', '.join(sorted(set(names)))}: transformers heals row by row and "
+                "does not say which; call generate once for each adapter, or leave token_healing out"
+            )
+        with self.routing.declare(None if names is None else names[:1]):
+            healed = self.original("heal_tokens")(input_ids, *args, **kwargs)
+        generation.prompt_length += healed.shape[1] - input_ids.shape[1]
+        return healed
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         model_inputs = self.original("prepare_inputs_for_generation")(*args, **kwargs)
@@ -184,6 +216,12 @@ class Replacement:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.boundary, self.name)(*args, **kwargs)
+
+
+def _is_draft(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True for the generate that transformers calls to have candidates drafted, which it marks in the config."""
+    config = kwargs.get("generation_config", args[0] if args else None)
+    return bool(getattr(config, "is_assistant", False))
 
 
 def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation: Generation) -> int:
