@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from preft_core.slots import SlotPool
 from preft_hf.caches import cache_of, cached_length
-from preft_hf.generation import PromptBoundary
+from preft_hf.generation import PromptBoundary, WholePrefill
 from preft_hf.layer import PreftLayer
 from preft_hf.packed import PackedAdapters
 from preft_hf.per_thread import PerThread
@@ -148,7 +148,7 @@ class Attachment:
         self,
         module: nn.Module,
         values: Mapping[str, Any],
-        mask: Tensor | bool | None,
+        mask: Tensor | bool | WholePrefill | None,
         adapters: RowAdapters | PackedAdapters | None,
     ) -> Phase:
         """Returns the phase, of each row's own adapter if they were named."""
@@ -165,11 +165,15 @@ class Attachment:
         self,
         module: nn.Module,
         values: Mapping[str, Any],
-        mask: Tensor | bool | None,
+        mask: Tensor | bool | WholePrefill | None,
         named: bool,
         shape: tuple[int, ...],
     ) -> SharedPhase:
         """Explicit mask, else labels, else preft_phase, else (in eval mode) an empty cache."""
+        if isinstance(mask, WholePrefill):
+            if not torch.compiler.is_compiling():
+                mask.check(cached_length(cache_of(values)), shape[1])
+            return True
         if mask is not None:
             return _explicit_phase(mask, shape)
         if not named and not self._has_live_adapter():

@@ -25,6 +25,7 @@ class Generation:
     Attributes:
         prompt_length: tokens of the prompt, which are prefill
         num_seen: tokens that this generation's forwards were given so far, plus what its cache held before
+        num_ids: token ids that the last call of prepare_inputs_for_generation was given
         drafting: True for the generate by which an assisted generation has this same model draft its tokens
         adapters: one adapter per prompt, or None where the active ones act on all
     """
@@ -33,6 +34,31 @@ class Generation:
     num_seen: int
     drafting: bool
     adapters: RowAdapters | None
+    num_ids: int = 0
+
+
+@dataclass(frozen=True)
+class WholePrefill:
+    """The prefill_mask of one forward whose tokens are all prefill. A bool would fit a later forward just as well.
+
+    Attributes:
+        first: position of the forward's first token
+        num_tokens: tokens of a row
+    """
+
+    first: int
+    num_tokens: int
+
+    def check(self, first: int | None, num_tokens: int) -> None:
+        """Raises a RuntimeError for another forward, where its first position is known."""
+        if num_tokens == self.num_tokens and first in (None, self.first):
+            return
+        raise RuntimeError(
+            f"prefill_mask is from the prepare_inputs_for_generation of a forward of {self.num_tokens} tokens from "
+            f"position {self.first} on, all of the prompt, and this one has {num_tokens} tokens"
+            + ("" if first is None else f" from position {first} on")
+            + ": in a loop of your own call prepare_inputs_for_generation before every forward, or set prefill_mask"
+        )
 
 
 class _ThreadState(PerThread):
@@ -152,10 +178,17 @@ class PromptBoundary:
         tokens = model_inputs.get("inputs_embeds")
         tokens = model_inputs["input_ids"] if tokens is None else tokens
         batch_size, num_tokens = tokens.shape[:2]
-        first = _first_position(model_inputs, num_tokens, generation)
+        ids = args[0] if args else kwargs.get("input_ids")
+        num_ids = 0 if ids is None else ids.shape[1]
+        # a loop of one's own may have emptied the cache, or put another prompt in
+        goes_on = num_ids == generation.num_ids + num_tokens and not kwargs.get("is_first_iteration")
+        generation.num_ids = num_ids
+        first = _first_position(model_inputs, num_tokens, generation, goes_on)
         begin, end = prefill_span(first, num_tokens, generation.prompt_length)
-        if end - begin in (0, num_tokens):
-            model_inputs["prefill_mask"] = end > begin
+        if end == begin:
+            model_inputs["prefill_mask"] = False
+        elif end - begin == num_tokens:
+            model_inputs["prefill_mask"] = WholePrefill(first, num_tokens)
         else:
             row = torch.arange(num_tokens, device=tokens.device)
             model_inputs["prefill_mask"] = ((row >= begin) & (row < end)).expand(batch_size, num_tokens)
@@ -224,9 +257,11 @@ def _is_draft(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(config, "is_assistant", False))
 
 
-def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation: Generation) -> int:
+def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation: Generation, goes_on: bool) -> int:
     """Returns the position of a forward's first token.
 
+    Args:
+        goes_on: the ids have become more by just this forward's tokens
     Raises:
         RuntimeError: the forward has no cache, and not the prompt and more tokens than the forward before: its cache
             must be one that is not known here.
@@ -241,7 +276,7 @@ def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation
             )
         # without a cache every forward starts from the prompt's first token
         return 0
-    if generation.num_seen >= generation.prompt_length and getattr(cache, "is_compileable", False):
+    if goes_on and generation.num_seen >= generation.prompt_length and getattr(cache, "is_compileable", False):
         # a static cache counts on the device, and only decode forwards are left: do not wait for it
         return generation.num_seen
     length = cached_length(cache)
