@@ -34,7 +34,7 @@ class Attachment:
         phase: the phase of the running forward, shared by all adapter layers of the model
         layers: the model's adapter layers
         routing: the adapters of each row, where a batch has several
-        awaiting: adapters made for a saved adapter whose weights have not arrived; they must not run
+        awaiting: adapters made for saved weights that have not arrived; they must not run
     """
 
     def __init__(self, model: nn.Module):
@@ -83,10 +83,7 @@ class Attachment:
         adapters = self._row_adapters(module, kwargs.pop("adapter_names", None))
         values = {**dict(zip(self._parameter_names[: len(args)], args, strict=False)), **kwargs}
         if self.awaiting:
-            raise RuntimeError(
-                f"adapter {', '.join(sorted(self.awaiting))} was made from a saved config but its weights were not "
-                "loaded: load them with load_adapter, or train from a new PreftConfig"
-            )
+            self._check_arrived(adapters)
         if not torch.compiler.is_compiling():
             keep_phase_in_checkpoints(self._checkpointed, self.phase)
         phase = self._decide(module, values, mask, adapters)
@@ -116,6 +113,15 @@ class Attachment:
                 f"{names.get(id(skipped[0]))}: the model takes another way past them, so they have no effect; leave "
                 "these layers out with exclude_modules or layers_to_transform",
                 stacklevel=2,
+            )
+
+    def _check_arrived(self, adapters: RowAdapters | PackedAdapters | None) -> None:
+        names = adapters.names if adapters is not None else {n for layer in self.layers for n in layer.live_adapters()}
+        missing = self.awaiting & self.routing.held() & set(names)
+        if missing:
+            raise RuntimeError(
+                f"adapter {', '.join(sorted(missing))} was made from a saved config but its weights were not "
+                "loaded: load them with load_adapter, or train from a new PreftConfig"
             )
 
     def _has_live_adapter(self) -> bool:

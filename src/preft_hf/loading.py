@@ -62,12 +62,11 @@ def check_weights(model: nn.Module, config: PreftConfig, adapter_name: str, weig
 
 
 def expect_weights(model: nn.Module, config: PreftConfig, adapter_name: str) -> None:
-    """Keeps an adapter that transformers makes from a saved config from running before its weights have arrived.
+    """Checks the weights of an adapter that transformers makes from a saved config.
 
     transformers' load_adapter only logs missing and unexpected weights, so its next reading of a checkpoint into this
     model is checked here first.
     """
-    attachment_of(model).awaiting.add(adapter_name)
     model.__dict__["_load_pretrained_model"] = CheckedLoading(model, config, adapter_name)
 
 

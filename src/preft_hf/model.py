@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from preft_hf.arriving import following, weights_follow
 from preft_hf.attach import block_at, linear_at, take_out
 from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.forward import attachment_of, pool_of
@@ -38,9 +39,11 @@ class PreftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         # PeftModel passes a dict and loads through PEFT; a bare config comes from transformers' load_adapter.
-        if isinstance(peft_config, PreftConfig) and peft_config.from_file:
+        bare = isinstance(peft_config, PreftConfig) and peft_config.from_file
+        with following(bare or weights_follow()):
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        if isinstance(peft_config, PreftConfig) and bare:
             expect_weights(model, peft_config, adapter_name)
 
     def inject_adapter(
@@ -70,12 +73,22 @@ class PreftModel(BaseTuner):
         self._chosen = set(chosen)
         saved = config.exclude_modules
         targets = endings(chosen, model) if config.target_modules == "all-linear" else config.target_modules
+        self._mark(config, adapter_name)
         # Names are resolved here, with an error where PEFT warns.
         config.target_modules, config.exclude_modules = targets, None
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         finally:
             config.target_modules, config.exclude_modules = targets, saved
+
+    def _mark(self, config: PreftConfig, adapter_name: str) -> None:
+        """Marks an adapter whose weights are to come, or forgets the saved weights that its config was written for."""
+        awaiting = attachment_of(self.model).awaiting
+        if config.from_file and weights_follow():
+            awaiting.add(adapter_name)
+        else:
+            awaiting.discard(adapter_name)
+            config.from_file, config.saved_fingerprint = False, None
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return key in self._chosen

@@ -23,10 +23,14 @@ class PackedAdapters:
         self._spans, self._keys, self._routing = spans, keys, routing
         self._lease: Lease | None = None
 
+    @property
+    def names(self) -> set[str]:
+        """The names of the adapters."""
+        return {span.name for span in self._spans}
+
     def phase(self, prefill: SharedPhase, shape: tuple[int, int], device: torch.device) -> Phase:
         """Returns the phase of a forward of (1, length) tokens."""
-        names = {span.name for span in self._spans}
-        pooled = names - self._routing.held()
+        pooled = self.names - self._routing.held()
         if pooled:
             assert self._routing.pool is not None
             self._lease = self._routing.pool.acquire(pooled)

@@ -11,10 +11,12 @@ from typing import Any
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch.distributed.tensor import DTensor
+from transformers.integrations.peft import PeftAdapterMixin
 
 from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
 from preft_core.card import CARD_NAME, model_card, read_card
 from preft_core.staging import staging_in
+from preft_hf.arriving import checked_and_undone_on_failure, made_or_undone, undone_on_failure
 from preft_hf.config import PreftConfig, PreftType
 from preft_hf.hub import push_model
 from preft_hf.layer import PreftBlock
@@ -25,7 +27,7 @@ LEAVES = PreftBlock.adapter_layer_names
 
 
 def register() -> None:
-    """Makes PEFT know the type PREFT, and makes saving an adapter of this type all or nothing."""
+    """Makes PEFT know the type PREFT, and makes saving and loading an adapter of this type all or nothing."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PreftType.PREFT] = PreftConfig  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_TUNER_MAPPING[PreftType.PREFT] = PreftModel  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_PREFIX_MAPPING[PreftType.PREFT] = PreftModel.prefix  # pyright: ignore[reportArgumentType]
@@ -35,6 +37,19 @@ def register() -> None:
     push = PeftModel.push_to_hub
     if getattr(push, "__preft_original__", None) is None:
         PeftModel.push_to_hub = _push_in_one_commit(push)  # type: ignore[method-assign]
+    _register_loading()
+
+
+def _register_loading() -> None:
+    load = PeftModel.load_adapter
+    if getattr(load, "__preft_original__", None) is None:
+        PeftModel.load_adapter = checked_and_undone_on_failure(load)  # type: ignore[method-assign]
+    make = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    if getattr(make, "__preft_original__", None) is None:
+        PeftModel.from_pretrained = classmethod(made_or_undone(make))  # type: ignore[method-assign]
+    plain = PeftAdapterMixin.load_adapter
+    if getattr(plain, "__preft_original__", None) is None:
+        PeftAdapterMixin.load_adapter = undone_on_failure(plain)  # type: ignore[method-assign]
 
 
 def _push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:
