@@ -9,6 +9,9 @@ from preft_core.slab import Entry
 
 BASE_NAME = "__base__"
 """The name that stands for the base model, without an adapter."""
+Idle = Callable[[], None] | None
+"""What a request for slots does every IDLE_S seconds while it waits."""
+IDLE_S = 0.2
 
 
 @dataclass(frozen=True)

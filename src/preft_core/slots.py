@@ -17,7 +17,7 @@ from preft_core.adapter import Adapter
 from preft_core.config import AdapterConfig
 from preft_core.counters import Counters
 from preft_core.layout import Bucket, Site, Weights, bucket_of
-from preft_core.lease import BASE_NAME, Lease, Slot, too_many, unknown_names
+from preft_core.lease import BASE_NAME, IDLE_S, Idle, Lease, Slot, too_many, unknown_names
 from preft_core.slab import Entry, HostCopies, Slab
 
 __all__ = ["BASE_NAME", "Counters", "Lease", "Slot", "SlotPool", "unknown_names"]
@@ -106,12 +106,13 @@ class SlotPool:
                 self._slabs[entry.bucket].vacate(entry)
             self._changed.notify_all()
 
-    def acquire(self, names: Iterable[str], timeout_s: float | None = None) -> Lease:
+    def acquire(self, names: Iterable[str], timeout_s: float | None = None, idle: Idle = None) -> Lease:
         """Pins adapters, all or none, and loads those that are in no slot. Waits until enough slots are not pinned.
 
         Args:
             names: adapters; a repeated one counts once, "__base__" not at all
             timeout_s: most seconds to wait for slots; None waits without end. Loading is not counted
+            idle: called now and again while it waits; may release leases whose holder is gone
         Raises:
             ValueError: an unknown name, or more adapters of a bucket than it has slots, which no waiting would mend.
             TimeoutError: others had pinned the slots for timeout_s.
@@ -123,7 +124,7 @@ class SlotPool:
         with self._changed:
             self._queue.append(ticket)
             try:
-                entries = self._wait(wanted, ticket, deadline)
+                entries = self._wait(wanted, ticket, deadline, idle)
             finally:
                 self._queue.remove(ticket)
                 self._changed.notify_all()
@@ -197,7 +198,7 @@ class SlotPool:
             raise ValueError(unknown_names(unknown, self._entries))
         return [self._entries[name] for name in names]
 
-    def _wait(self, wanted: Sequence[str], ticket: object, deadline: float | None) -> list[Entry]:
+    def _wait(self, wanted: Sequence[str], ticket: object, deadline: float | None, idle: Idle) -> list[Entry]:
         """Returns the entries once it is this request's turn, none of them is being loaded, and slots suffice."""
         waited = False
         while True:
@@ -216,6 +217,9 @@ class SlotPool:
                     f"no slots for {', '.join(wanted[:5])} within the time given: forwards that have not ended their "
                     "prefill pin them; make the pool with more slots, or send fewer requests at once"
                 )
+            if idle is not None:
+                idle()
+                remaining = IDLE_S if remaining is None else min(remaining, IDLE_S)
             self._changed.wait(remaining)
 
     def _suffice(self, entries: Sequence[Entry]) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from preft_core.slots import SlotPool
 from preft_hf.caches import cache_of, cached_length
+from preft_hf.calls import Calls
 from preft_hf.generation import PromptBoundary, WholePrefill
 from preft_hf.layer import PreftLayer
 from preft_hf.packed import PackedAdapters
-from preft_hf.per_thread import PerThread
 from preft_hf.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
 from preft_hf.routing import Routing, RowAdapters
 from preft_hf.trainer_step import trainer_of_step
@@ -22,17 +22,13 @@ from preft_hf.training import check_prompts, checkpointed_modules, keep_phase_in
 ATTRIBUTE = "_preft_attachment"
 
 
-class _ThreadState(PerThread):
-    __slots__ = ()
-    adapters: RowAdapters | PackedAdapters | None
-
-
 class Attachment:
     """What PreFT puts on one model: the phase its layers read, the hooks that set it, its generate.
 
     Attributes:
         phase: the phase of the running forward, shared by all adapter layers of the model
         layers: the model's adapter layers
+        calls: the forwards under way, in every thread
         routing: the adapters of each row, where a batch has several
         awaiting: adapters made for saved weights that have not arrived; they must not run
     """
@@ -42,9 +38,9 @@ class Attachment:
         self.phase = ForwardPhase()
         self.layers: list[PreftLayer] = []
         self.awaiting: set[str] = set()
-        self.routing = Routing(self.layers)
-        self.boundary = PromptBoundary(model, self.routing)
-        self._of_forward = _ThreadState()
+        self.calls = Calls(model, self.phase)
+        self.routing = Routing(self.layers, self.calls)
+        self.boundary = PromptBoundary(model, self.routing, self.phase)
         self._checked_reach = False
         self._layer_handles: list[tuple[PreftLayer, Any]] = []
         self._parameter_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
@@ -79,6 +75,8 @@ class Attachment:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not torch.compiler.is_compiling():
+            self.calls.begin()
         mask = kwargs.pop("prefill_mask", None)
         adapters = self._row_adapters(module, kwargs.pop("adapter_names", None))
         values = {**dict(zip(self._parameter_names[: len(args)], args, strict=False)), **kwargs}
@@ -90,12 +88,12 @@ class Attachment:
         self.phase.begin(phase)
         if not self._checked_reach and phase is not False and not torch.compiler.is_compiling():
             self.phase.reached = None if self.boundary.drafting else set()
-        return args, kwargs
+        return (args, kwargs) if torch.compiler.is_compiling() else self.calls.arguments(args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.phase.end()
-        if getattr(self._of_forward, "adapters", None) is not None:
-            self._let_go()  # pyright: ignore[reportAttributeAccessIssue]
+        if self.calls.is_holding:
+            self.calls.let_go()  # pyright: ignore[reportAttributeAccessIssue]
         if self.phase.reached is not None:
             self._check_reach(self.phase.reached, completed=output is not None)
 
@@ -138,17 +136,11 @@ class Attachment:
 
     @torch.compiler.disable
     def _take(self, given: Any, training: bool) -> RowAdapters | PackedAdapters:
-        """Returns the adapters of this forward alone, which `_let_go` unpins at its end."""
+        """Returns the adapters of this forward alone, which are let go at its end."""
         self.boundary.unpin()
         adapters = given if isinstance(given, PackedAdapters) else self.routing.of(given, training)
-        self._of_forward.adapters = adapters
+        self.calls.hold(adapters)  # pyright: ignore[reportCallIssue]
         return adapters
-
-    @torch.compiler.disable
-    def _let_go(self) -> None:
-        adapters, self._of_forward.adapters = self._of_forward.adapters, None
-        if adapters is not None:
-            adapters.release()
 
     def _decide(
         self,

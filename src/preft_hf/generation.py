@@ -12,7 +12,7 @@ from preft_core.tokens import prefill_span
 from preft_hf.caches import cache_of, cached_length
 from preft_hf.continuous import ContinuousBatching
 from preft_hf.per_thread import PerThread
-from preft_hf.phase import declared_phase
+from preft_hf.phase import ForwardPhase, declared_phase
 from preft_hf.routing import Routing, RowAdapters
 
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
@@ -75,9 +75,10 @@ class PromptBoundary:
     model drafts for itself (early exit), the prompt is the outer one's.
     """
 
-    def __init__(self, model: nn.Module, routing: Routing):
+    def __init__(self, model: nn.Module, routing: Routing, phase: ForwardPhase):
         self.model = model
         self.routing = routing
+        self._phase = phase
         self._thread = _ThreadState()
         self._own_methods: dict[str, Any] = {}
         if hasattr(model, "generate"):
@@ -150,6 +151,8 @@ class PromptBoundary:
             with self.routing.declare(None):
                 return self.original("generate")(inputs, *args, **kwargs)
         finally:
+            # after a KeyboardInterrupt no hook has ended the forward's phase
+            self._phase.end()
             self._thread.generation = outer
             if generation.adapters is not None and not generation.drafting:
                 generation.adapters.release()

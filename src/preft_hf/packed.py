@@ -33,7 +33,7 @@ class PackedAdapters:
         pooled = self.names - self._routing.held()
         if pooled:
             assert self._routing.pool is not None
-            self._lease = self._routing.pool.acquire(pooled)
+            self._lease = self._routing.pool.acquire(pooled, idle=self._routing.calls.sweep)
         slots = self._lease.slots if self._lease is not None else {}
         for slot in slots.values():
             if pool_key(slot) != self._keys[slot.name]:

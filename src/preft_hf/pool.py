@@ -150,7 +150,7 @@ class PreftPool:
             ValueError: an unknown name, or more adapters than there are slots.
             AdapterError: an adapter that cannot be loaded.
         """
-        self.slots.acquire(names).release()
+        self.slots.acquire(names, idle=attachment_of(self.model).routing.calls.sweep).release()
 
     def names(self) -> list[str]:
         """Returns the names of all known adapters."""
@@ -169,6 +169,7 @@ class PreftPool:
         attachment = self.model.__dict__.get(ATTRIBUTE)
         if attachment is None or attachment.routing.pool is not self.slots:
             return
+        attachment.calls.sweep()
         if any(self.slots.resident().values()):
             raise RuntimeError("PreftPool.close: a generation still uses adapters of the pool; let it end first")
         attachment.routing.pool = None

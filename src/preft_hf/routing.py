@@ -13,6 +13,7 @@ from torch import Tensor
 from preft_core.layout import Bucket
 from preft_core.slots import BASE_NAME, Lease, Slot, SlotPool, unknown_names
 from preft_core.tokens import BASE, Segments, Span
+from preft_hf.calls import Calls
 from preft_hf.layer import PreftLayer
 from preft_hf.per_thread import PerThread
 from preft_hf.phase import Phase, RoutedRows, SharedPhase
@@ -58,9 +59,9 @@ class RowAdapters:
     its prompts are in the cache. Pinning them again after that gets the same adapters or an error.
     """
 
-    def __init__(self, names: Sequence[str], pool: SlotPool | None, held: set[str]):
+    def __init__(self, names: Sequence[str], pool: SlotPool | None, held: set[str], calls: Calls):
         self.names = list(names)
-        self._pool = pool
+        self._pool, self._calls = pool, calls
         self._pooled = {name for name in names if name not in held and name != BASE_NAME}
         self._lease: Lease | None = None
         self._fingerprints: dict[str, str] | None = None
@@ -102,7 +103,7 @@ class RowAdapters:
         if self._lease is not None or not self._pooled:
             return
         assert self._pool is not None
-        lease = self._pool.acquire(self._pooled)
+        lease = self._pool.acquire(self._pooled, idle=self._calls.sweep)
         found = {name: slot.fingerprint for name, slot in lease.slots.items()}
         if self._fingerprints not in (None, found):
             lease.release()
@@ -117,11 +118,13 @@ class Routing:
     """Knows a model's adapters by name, those that its layers hold and those of its pool.
 
     Attributes:
+        calls: the model's forwards under way, which have adapters pinned
         pool: set and removed by PreftPool
     """
 
-    def __init__(self, layers: list[PreftLayer]):
+    def __init__(self, layers: list[PreftLayer], calls: Calls):
         self._layers = layers
+        self.calls = calls
         self._thread = _ThreadState()
         self._lock = threading.Lock()
         self._num_declaring = 0
@@ -157,11 +160,11 @@ class Routing:
         return before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self._layers, "pool": self.pool}
+        return {"layers": self._layers, "pool": self.pool, "calls": self.calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # in two steps, since layers and model refer to each other
-        self.__init__(state["layers"])
+        self.__init__(state["layers"], state["calls"])
         self.pool = state["pool"]
 
     def held(self) -> set[str]:
@@ -186,7 +189,7 @@ class Routing:
         unknown = sorted(set(names) - known - {BASE_NAME})
         if unknown:
             raise ValueError(unknown_names(unknown, known))
-        return RowAdapters(names, self.pool, held)
+        return RowAdapters(names, self.pool, held, self.calls)
 
     def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
         """Returns the adapter of each request, having checked the names; by default the model's active adapter.
@@ -216,7 +219,7 @@ class Routing:
         """
         if name not in self.held():
             assert self.pool is not None
-            with self.pool.acquire([name]) as lease:
+            with self.pool.acquire([name], idle=self.calls.sweep) as lease:
                 return pool_key(lease.slots[name])
         digest = hashlib.blake2b(name.encode(), digest_size=16)
         for layer in self._layers:
