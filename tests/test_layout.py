@@ -26,6 +26,7 @@ FORBIDDEN = {
     "preft_hf": {"tgi_patch", "preft_vllm", "preft_cli"},
     "preft_hf/phase.py": {"preft_hf"},
     "preft_hf/layer.py": {f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "sft", "demo")},
+    "preft_hf/block.py": {f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "sft", "demo")},
     "preft_hf/model.py": {f"preft_hf.{name}" for name in ("register", "hub", "sft", "demo")},
     "preft_hf/hub.py": {f"preft_hf.{name}" for name in ("register", "model", "sft", "demo")},
     "preft_hf/register.py": {f"preft_hf.{name}" for name in ("sft", "demo", "pool")},

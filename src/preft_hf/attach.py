@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from preft_hf.block import PreftBlock
 from preft_hf.forward import ATTRIBUTE, attachment_of
-from preft_hf.layer import PreftBlock, PreftLinear
+from preft_hf.layer import PreftLinear
 from preft_hf.targets import features_of
 
 BLOCK = "preft"

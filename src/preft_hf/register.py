@@ -17,9 +17,9 @@ from preft_core.adapter import CONFIG_NAME, load_adapter, publish_files, write_c
 from preft_core.card import CARD_NAME, model_card, read_card
 from preft_core.staging import staging_in
 from preft_hf.arriving import checked_and_undone_on_failure, made_or_undone, undone_on_failure
+from preft_hf.block import PreftBlock
 from preft_hf.config import PreftConfig, PreftType
 from preft_hf.hub import push_model
-from preft_hf.layer import PreftBlock
 from preft_hf.model import PreftModel
 from preft_hf.resized import warn_of_resized
 
