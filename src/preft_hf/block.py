@@ -10,7 +10,7 @@ from preft_core.ops import add_direft_, direft_update, loreft_update
 from preft_hf.config import PreftConfig
 from preft_hf.layer import PreftLayer, dropout_of
 from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
-from preft_hf.rows import cast, flat, masked, rows_added, rows_of
+from preft_hf.rows import cast, check_present, flat, masked, rows_added, rows_of
 
 
 class PreftBlock(nn.Module, PreftLayer):
@@ -71,7 +71,7 @@ class PreftBlock(nn.Module, PreftLayer):
         several = isinstance(output, (tuple, list))
         hidden = output[0] if several else output
         names = self._active_here()
-        if isinstance(phase, RoutedRows):
+        if isinstance(phase, RoutedRows) and not self._disable_adapters:
             edited = self._edit_routed(hidden, phase)  # pyright: ignore[reportCallIssue]
         elif names:
             edited = self._edit(hidden, self.phase.current(), names)
@@ -99,6 +99,7 @@ class PreftBlock(nn.Module, PreftLayer):
         for bucket, segments in phase.pooled.items():
             weights = self.pooled.get(bucket)
             if weights is not None and weights.bias is not None:
+                check_present(weights.a, hidden)
                 target = edited.to(weights.a.dtype)
                 add_direft_(target, weights.a[:, 0], weights.b, weights.bias, segments)
                 edited = target.to(hidden.dtype)
@@ -112,6 +113,7 @@ class PreftBlock(nn.Module, PreftLayer):
 
     def _update(self, hidden: Tensor, name: str) -> Tensor:
         a, bias = self.preft_A[name], self.preft_bias[name]
+        check_present(a, hidden)
         x = cast(self.preft_dropout[name](hidden), a)
         if self.method[name] == "loreft":
             update = loreft_update(x, a, self.preft_R[name], bias)

@@ -51,7 +51,12 @@ class Attachment:
         ]
 
     def add_layer(self, layer: PreftLayer, handle: Any = None) -> None:
-        """Takes an adapter layer into account, and the handle of its hook along, to be removed with it."""
+        """Takes an adapter layer into account, and the handle of its hook along, to be removed with it.
+
+        While the model's adapters are disabled, those of a new layer are too.
+        """
+        if self.routing.disabled:
+            layer.enable_adapters(False)
         self.layers.append(layer)
         self._checked_reach = False
         if handle is not None:
@@ -150,6 +155,8 @@ class Attachment:
         adapters: RowAdapters | PackedAdapters | None,
     ) -> Phase:
         """Returns the phase, of each row's own adapter if they were named."""
+        if adapters is not None and self.routing.disabled:
+            return False
         tokens = values.get("input_ids")
         tokens = values.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:

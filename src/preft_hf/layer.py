@@ -13,7 +13,7 @@ from preft_core.layout import Bucket, Weights
 from preft_core.ops import add_lora_, lora_update
 from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
-from preft_hf.rows import add_rows_, cast, flat, masked, rows_added, rows_of
+from preft_hf.rows import add_rows_, cast, check_present, flat, masked, rows_added, rows_of
 
 
 class PreftLayer(BaseTunerLayer):
@@ -62,7 +62,11 @@ class PreftLayer(BaseTunerLayer):
         """Returns what changes when the adapter's weights here do, by PyTorch's own count of changes."""
         found = [getattr(self, leaf) for leaf in self.adapter_layer_names]
         tensors = [parameters[adapter_name] for parameters in found if adapter_name in parameters]
-        return self.scaling.get(adapter_name), *((id(t), t.data_ptr(), t._version) for t in tensors)
+        return (
+            self.scaling.get(adapter_name),
+            self._disable_adapters,
+            *((id(t), t.data_ptr(), t._version) for t in tensors),
+        )
 
     def _active_here(self) -> list[str]:
         """Returns the names of the adapters that act on this layer's prefill tokens."""
@@ -136,6 +140,7 @@ class PreftLinear(nn.Module, PreftLayer):
 
     def _add_update(self, output: Tensor, x: Tensor, phase: SharedPhase, name: str) -> Tensor:
         a, b, scaling = self.preft_A[name], self.preft_B[name], self.scaling[name]
+        check_present(a, x)
         x = self.preft_dropout[name](x)
         if phase is True:
             if self._output_is_ours and a.dtype == x.dtype == output.dtype and not torch.is_grad_enabled():
@@ -160,17 +165,21 @@ class PreftLinear(nn.Module, PreftLayer):
     def _add_routed(self, output: Tensor, x: Tensor, phase: RoutedRows) -> Tensor:
         """Adds to each row the update of its own adapter."""
         self._active_here()
+        if self._disable_adapters:
+            return output
         rows_in = flat(x, phase.shape)
         output = output if self._output_is_ours else output.clone()
         rows_out = output.view(-1, output.shape[-1])
         for name, rows in phase.held.items():
             if name in self.preft_A:
                 a, b = self.preft_A[name], self.preft_B[name]
+                check_present(a, x)
                 update = lora_update(cast(rows_in[rows], a), a, b, self.scaling[name])
                 rows_out[rows] += update.to(output.dtype)
         for bucket, segments in phase.pooled.items():
             weights = self.pooled.get(bucket)
             if weights is not None:
+                check_present(weights.a, x)
                 # Under autocast, or around a quantised layer, the output may have another dtype than the slots.
                 same = rows_out.dtype == weights.a.dtype
                 target = rows_out if same else rows_out.to(weights.a.dtype)

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from preft_hf.arriving import following, weights_follow
 from preft_hf.attach import block_at, linear_at, take_out
@@ -39,6 +40,7 @@ class PreftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        check_model(model)
         # PeftModel passes a dict and loads through PEFT; a bare config comes from transformers' load_adapter.
         bare = isinstance(peft_config, PreftConfig) and peft_config.from_file
         with following(bare or weights_follow()):
@@ -165,11 +167,22 @@ class PreftModel(BaseTuner):
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises a ValueError if the model is no decoder-only language model."""
+    """Raises a ValueError if the model is no decoder-only language model, or is one inside a PeftModel."""
+    kind = type(model).__name__
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        raise ValueError(
+            f"the model is a {kind}: give model.get_base_model(), which keeps the adapters of the {kind} in its layers"
+        )
+    classifies = isinstance(model, PreTrainedModel) and not model.can_generate() and not kind.endswith("ForCausalLM")
+    if classifies and "For" in kind:
+        raise ValueError(
+            f"{kind} generates no text, so it has no decode tokens: PreFT adapts decoder-only language models, the "
+            "...ForCausalLM ones; use LoRA here"
+        )
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, whose prompt and response go through different "
+            f"{kind} is an encoder-decoder model, whose prompt and response go through different "
             "halves: PreFT adapts decoder-only language models; use LoRA here"
         )
 

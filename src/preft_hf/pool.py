@@ -243,6 +243,11 @@ class PreftPool:
 
     def _device(self, names: Iterable[str]) -> torch.device:
         devices = {device_of(self.model.get_submodule(name)) for name in names}
+        if any(device.type == "meta" for device in devices):
+            raise ValueError(
+                "some of the model's adapted layers are offloaded, on the meta device: a PreftPool needs them on one "
+                "device; load the model without cpu_offload, disk_offload or a device_map with disk"
+            )
         if len(devices) != 1:
             raise ValueError(
                 f"the model's adapted layers lie on {', '.join(sorted(map(str, devices)))}: a PreftPool needs them on "

@@ -131,6 +131,11 @@ class Routing:
         self.pool: SlotPool | None = None
 
     @property
+    def disabled(self) -> bool:
+        """True while the model's adapters are disabled, those of a pool and those that rows name included."""
+        return bool(self._layers) and all(layer.disable_adapters for layer in self._layers)
+
+    @property
     def declared(self) -> list[str] | None:
         """The names that PEFT's forward or generate was given in this thread."""
         # Names read in traced code would be a guard, so it leaves the graph where any thread declares some.
@@ -217,6 +222,8 @@ class Routing:
 
         A weight written through `.data` or NumPy does not show in the key of an adapter that the layers hold.
         """
+        if self.disabled:
+            return hashlib.blake2b(b"disabled", digest_size=16).digest()
         if name not in self.held():
             assert self.pool is not None
             with self.pool.acquire([name], idle=self.calls.sweep) as lease:

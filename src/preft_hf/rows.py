@@ -35,6 +35,16 @@ def cast(x: Tensor, parameter: Tensor) -> Tensor:
     return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
 
 
+def check_present(parameter: Tensor, x: Tensor) -> None:
+    """Raises a RuntimeError if an adapter's weights were offloaded: no hook of accelerate's brings them back."""
+    if parameter.device.type == "meta" and x.device.type != "meta":
+        raise RuntimeError(
+            f"a PreFT adapter's weights are on the meta device and its input on {x.device}: offloading (accelerate's "
+            "cpu_offload or disk_offload, a device_map with disk, layers on a CPU beside a GPU) does not bring them "
+            "back; load the base model without it, quantised or on more devices"
+        )
+
+
 def add_rows_(output: Tensor, index: Tensor, update: Tensor) -> Tensor:
     """Adds update (rows, width) to rows of output (..., width), in place, and returns output.
 

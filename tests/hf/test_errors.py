@@ -1,17 +1,20 @@
 """Every refusal says what was found, what is allowed and what to do next."""
 
+import copy
 import re
 
+import accelerate
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
-from preft_hf import PrefillMaskCollator, PreftConfig, expand_turns, preft_phase
+from preft_hf import PrefillMaskCollator, PreftConfig, PreftPool, expand_turns, preft_phase
 from preft_hf.caches import cache_argument, cache_of
 
-from .cases import GREEDY, prompt
+from .cases import GREEDY, NEW_TOKENS, prompt
+from .oracle import adapted_copy, two_phase_greedy
 from .zoo import make_base, make_preft
 
 
@@ -259,3 +262,57 @@ def test_expand_turns_and_collator():
         expand_turns([{"role": "assistant", "content": "a"}])
     with pytest.raises(ValueError, match="no labels tensor"):
         PrefillMaskCollator(lambda rows: {"input_ids": prompt()})([])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT:UserWarning")
+@pytest.mark.parametrize("method", ["lora", "direft"])
+def test_a_peft_model_as_the_base(method):
+    settings = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    inner = get_peft_model(make_base(), LoraConfig(**settings), adapter_name="plain").eval()
+    with pytest.raises(ValueError, match=r"is a PeftModelForCausalLM: give model\.get_base_model\(\)"):
+        get_peft_model(inner, PreftConfig(method=method))
+    assert list(inner.peft_config) == ["plain"]
+    merged = copy.deepcopy(inner).merge_and_unload()
+    model = make_preft(inner.get_base_model(), method)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = {name.replace(".base_layer", ""): tensor for name, tensor in weights.items()}
+    adapted = adapted_copy(merged, method, weights, model.peft_config["default"].scaling)
+    expected = two_phase_greedy(adapted, merged, prompt(), NEW_TOKENS)[0]
+    assert torch.equal(model.generate(input_ids=prompt(), **GREEDY).sequences[:, 9:], expected)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForMaskedLM, AutoModelForTokenClassification])
+def test_models_that_generate_nothing(kind):
+    config = AutoConfig.for_model(
+        "bert", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    with pytest.raises(ValueError, match=r"BertFor\w+ generates no text.*use LoRA"):
+        get_peft_model(kind.from_config(config), PreftConfig())
+
+
+def offloaded(model):
+    accelerate.cpu_offload(model, execution_device="cpu")
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")
+@pytest.mark.parametrize("method", ["lora", "direft", "loreft"])
+def test_offloaded_adapters(method, tmp_path):
+    make_preft(make_base(), method).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    for model in (
+        offloaded(loaded.get_base_model()),
+        PeftModel.from_pretrained(offloaded(make_base()), tmp_path).eval().get_base_model(),
+    ):
+        for names in ({}, {"adapter_names": ["default"] * 2}):
+            with pytest.raises(RuntimeError, match=r"adapter's weights are on the meta device.*load the base model"):
+                model(input_ids=prompt(), **names)
+            with pytest.raises(RuntimeError, match="adapter's weights are on the meta device"):
+                model.generate(input_ids=prompt(), **names, **GREEDY)
+        assert torch.equal(
+            model(input_ids=prompt(), prefill_mask=False).logits, make_base()(input_ids=prompt()).logits
+        )
+    with pytest.raises(ValueError, match="layers are offloaded"):
+        PreftPool.from_pretrained(offloaded(make_base()), {"one": tmp_path})
