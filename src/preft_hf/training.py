@@ -101,12 +101,11 @@ def _count_before(counted: Tensor, starts: Tensor) -> Tensor:
     return total - (total - counted.long()).where(starts, 0).cummax(1).values
 
 
-@torch.library.custom_op(
-    "preft_hf::checked_mask",
-    mutates_args=(),
-    # it waits for the device, which a CUDA graph could not hold
-    tags=[tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None],
-)
+# it waits for the device, which a CUDA graph could not hold; torch 2.7 knows no such tag, nor tags here
+_UNSAFE: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("preft_hf::checked_mask", mutates_args=(), **_UNSAFE)
 def _checked_in_graph(
     mask: Tensor, labels: Tensor, positions: Tensor | None, tokens: Tensor | None, padding_free: bool
 ) -> Tensor:
