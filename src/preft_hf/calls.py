@@ -66,7 +66,7 @@ class Calls:
     @torch.compiler.disable
     def hold(self, adapters: Releasable) -> None:
         """Keeps the adapters of this thread's call, which pins them, until `let_go`."""
-        self.let_go()
+        self.let_go()  # pyright: ignore[reportAttributeAccessIssue]
         self._here.adapters = adapters
         self._holding[id(adapters)] = threading.get_ident(), adapters
 
@@ -97,7 +97,7 @@ class Calls:
     def _end(self) -> None:
         self._phase.end()
         self._phase.reached = None
-        self.let_go()
+        self.let_go()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _gone(self, thread: int) -> None:
         if thread == threading.get_ident() and self._left_over() and num_calls(self._model, thread) == 0:

@@ -144,7 +144,7 @@ class Attachment:
         """Returns the adapters of this forward alone, which are let go at its end."""
         self.boundary.unpin()
         adapters = given if isinstance(given, PackedAdapters) else self.routing.of(given, training)
-        self.calls.hold(adapters)  # pyright: ignore[reportCallIssue]
+        self.calls.hold(adapters)  # pyright: ignore[reportAttributeAccessIssue]
         return adapters
 
     def _decide(

@@ -278,6 +278,18 @@ def test_a_request_waits_for_a_slot_and_is_served_in_its_turn():
     assert order == ["large", "small"]
 
 
+def test_a_waiting_request_may_release_what_nobody_holds_any_more():
+    pool = make_pool({LINEAR_8: 1})
+    for i in range(2):
+        adapter = make_adapter(i)
+        pool.add(f"a{i}", adapter.config, lambda adapter=adapter: adapter)
+    forgotten = pool.acquire(["a0"])
+    with pool.acquire(["a1"], timeout_s=30, idle=forgotten.release) as lease:
+        assert list(lease.slots) == ["a1"]
+    with pool.acquire(["a1"], idle=lambda: pytest.fail("nothing to wait for")):
+        pass
+
+
 def test_one_load_serves_all_who_wait_for_it():
     loads, gate = [], threading.Event()
     adapter = make_adapter(1)
