@@ -297,6 +297,7 @@ def offloaded(model):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")
 @pytest.mark.parametrize("method", ["lora", "direft", "loreft"])
 def test_offloaded_adapters(method, tmp_path):
