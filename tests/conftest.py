@@ -25,6 +25,14 @@ def _same_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """For tests that count graphs: torch.compile counts its recompilations of a function over a whole process."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def pytest_collection_modifyitems(items):
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",

@@ -15,13 +15,7 @@ from .zoo import make_base, make_preft
 
 DEADLINE_S = 60
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def logits_of(model: nn.Module, is_prefill: bool) -> torch.Tensor:

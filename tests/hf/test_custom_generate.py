@@ -84,6 +84,7 @@ def test_arguments_of_the_prompt_are_not_taken_for_a_generated_token(method, kin
 
 
 @methods
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_model_that_is_compiled_with_its_hooks(method):
     """One graph for prompts of any length, and one for decoding."""
     c, graphs = case("llama", method), []
