@@ -59,7 +59,6 @@ class PreftModel(BaseTuner):
         """Adds an adapter to the model, after checking that name, config and model fit. See BaseTuner."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, PreftConfig)
-        check_model(model)
         check_adapter_name(adapter_name, model)
         pool = pool_of(model)
         if pool is not None and adapter_name in pool.names():

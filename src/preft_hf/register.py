@@ -31,25 +31,20 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PreftType.PREFT] = PreftConfig  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_TUNER_MAPPING[PreftType.PREFT] = PreftModel  # pyright: ignore[reportArgumentType]
     PEFT_TYPE_TO_PREFIX_MAPPING[PreftType.PREFT] = PreftModel.prefix  # pyright: ignore[reportArgumentType]
-    save = PeftModel.save_pretrained
-    if getattr(save, "__preft_original__", None) is None:
-        PeftModel.save_pretrained = _save_in_one_step(save)  # type: ignore[method-assign]
-    push = PeftModel.push_to_hub
-    if getattr(push, "__preft_original__", None) is None:
-        PeftModel.push_to_hub = _push_in_one_commit(push)  # type: ignore[method-assign]
-    _register_loading()
+    _wrap(PeftModel, "save_pretrained", _save_in_one_step)
+    _wrap(PeftModel, "push_to_hub", _push_in_one_commit)
+    _wrap(PeftModel, "load_adapter", checked_and_undone_on_failure)
+    _wrap(PeftModel, "from_pretrained", made_or_undone)
+    _wrap(PeftAdapterMixin, "load_adapter", undone_on_failure)
 
 
-def _register_loading() -> None:
-    load = PeftModel.load_adapter
-    if getattr(load, "__preft_original__", None) is None:
-        PeftModel.load_adapter = checked_and_undone_on_failure(load)  # type: ignore[method-assign]
-    make = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    if getattr(make, "__preft_original__", None) is None:
-        PeftModel.from_pretrained = classmethod(made_or_undone(make))  # type: ignore[method-assign]
-    plain = PeftAdapterMixin.load_adapter
-    if getattr(plain, "__preft_original__", None) is None:
-        PeftAdapterMixin.load_adapter = undone_on_failure(plain)  # type: ignore[method-assign]
+def _wrap(owner: type, name: str, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts our function around a method, or a class method, of a class; once."""
+    method = getattr(owner, name)
+    function = getattr(method, "__func__", method)
+    if getattr(function, "__preft_original__", None) is None:
+        ours = wrapped(function)
+        setattr(owner, name, ours if method is function else classmethod(ours))
 
 
 def _push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:

@@ -87,10 +87,10 @@ class FrontDoor:
         for path in ALONGSIDE:
             application.router.add_post(path, self._counted(self._passed))
         for path in PASSED_GET:
-            application.router.add_get(path, self._passed)
+            application.router.add_get(path, self._answering(self._passed))
         # a browser's question before a request to another origin: the router answers it
         for path in (*GENERATE, *OPENAI, *EITHER, *ALONGSIDE):
-            application.router.add_route("OPTIONS", path, self._passed)
+            application.router.add_route("OPTIONS", path, self._answering(self._passed))
         application.router.add_get("/v1/models", self._models)
         application.router.add_get("/health", self._health)
         application.router.add_get("/metrics", self._metrics)
@@ -117,44 +117,49 @@ class FrontDoor:
         await self._session.close()
         await self._fleet.close()
 
-    def _counted(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-        async def counted(request: web.Request) -> web.StreamResponse:
-            with self._place() as refused:
-                return self._refused(request, refused) if refused is not None else await handle(request)
+    def _answering(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+        """Returns a handler whose NotAccepted is the answer."""
 
-        return counted
+        async def answering(request: web.Request) -> web.StreamResponse:
+            try:
+                return await handle(request)
+            except NotAccepted as error:
+                return self._refused(request, error.answer)
+
+        return answering
+
+    def _counted(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
+        """Returns a handler that answers, and holds one of the places for requests meanwhile."""
+
+        async def counted(request: web.Request) -> web.StreamResponse:
+            with self._place():
+                return await handle(request)
+
+        return self._answering(counted)
 
     @contextmanager
-    def _place(self) -> Iterator[Answer | None]:
+    def _place(self) -> Iterator[None]:
         if self.stopping:
-            yield Answer(503, "the server is stopping", 5)
-            return
+            raise NotAccepted(Answer(503, "the server is stopping", 5))
         if self._in_flight >= self._limits.in_flight:
-            yield Answer(429, f"{self._in_flight} requests are in flight, as many as are taken: ask again", 1)
-            return
+            busy = f"{self._in_flight} requests are in flight, as many as are taken: ask again"
+            raise NotAccepted(Answer(429, busy, 1))
         self._in_flight += 1
         self.metrics.in_flight.set(self._in_flight)
         try:
-            yield None
+            yield
         finally:
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
 
     async def _adapted(self, request: web.Request) -> web.StreamResponse:
-        try:
-            text = await self._body(request)
-            with self._fleet.using(adapter_of(request.path, text)) as adapter:
-                self.metrics.asked(adapter)
-                return await self._forwarded(request, text)
-        except NotAccepted as error:
-            return self._refused(request, error.answer)
+        text = await self._body(request)
+        with self._fleet.using(adapter_of(request.path, text)) as adapter:
+            self.metrics.asked(adapter)
+            return await self._forwarded(request, text)
 
     async def _passed(self, request: web.Request) -> web.StreamResponse:
-        try:
-            text = await self._body(request)
-        except NotAccepted as error:
-            return self._refused(request, error.answer)
-        return await self._forwarded(request, text)
+        return await self._forwarded(request, await self._body(request))
 
     async def _body(self, request: web.Request) -> bytes:
         try:

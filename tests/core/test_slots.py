@@ -251,11 +251,16 @@ def test_threads_share_a_pool():
     assert counters.evictions > 20
 
 
-def test_a_request_waits_for_a_slot_and_is_served_in_its_turn():
-    pool = make_pool({LINEAR_8: 2})
-    for i in range(4):
+def filled_pool(num_slots, num_adapters):
+    pool = make_pool({LINEAR_8: num_slots})
+    for i in range(num_adapters):
         adapter = make_adapter(i)
         pool.add(f"a{i}", adapter.config, lambda adapter=adapter: adapter)
+    return pool
+
+
+def test_a_request_waits_for_a_slot_and_is_served_in_its_turn():
+    pool = filled_pool(num_slots=2, num_adapters=4)
     held = pool.acquire(["a0"])
     order: list[str] = []
 
@@ -279,10 +284,7 @@ def test_a_request_waits_for_a_slot_and_is_served_in_its_turn():
 
 
 def test_a_waiting_request_may_release_what_nobody_holds_any_more():
-    pool = make_pool({LINEAR_8: 1})
-    for i in range(2):
-        adapter = make_adapter(i)
-        pool.add(f"a{i}", adapter.config, lambda adapter=adapter: adapter)
+    pool = filled_pool(num_slots=1, num_adapters=2)
     forgotten = pool.acquire(["a0"])
     with pool.acquire(["a1"], timeout_s=30, idle=forgotten.release) as lease:
         assert list(lease.slots) == ["a1"]

@@ -76,15 +76,18 @@ def dpo(path, **how: Any) -> Any:
     )
 
 
+def check_refused_without_mask(trainer, collator):
+    with pytest.raises(ValueError, match=rf"compute_metrics is set.*PrefillMaskCollator.*{collator}"):
+        check_trainer(trainer)
+    with pytest.raises(ValueError, match=rf"{type(trainer).__name__} {NEITHER}"):
+        trainer.evaluate()
+
+
 def test_sft_with_metrics(tmp_path):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     check_trainer(sft(tmp_path))
-    trainer = sft(tmp_path, compute_metrics=Predictions())
-    with pytest.raises(ValueError, match=r"compute_metrics is set.*PrefillMaskCollator.*DataCollatorForLanguageMod"):
-        check_trainer(trainer)
-    with pytest.raises(ValueError, match=rf"SFTTrainer {NEITHER}"):
-        trainer.evaluate()
+    check_refused_without_mask(sft(tmp_path, compute_metrics=Predictions()), "DataCollatorForLanguageMod")
     metrics = Predictions()
     collator = PrefillMaskCollator(DataCollatorForLanguageModeling(pad_token_id=0))
     trainer = sft(tmp_path, compute_metrics=metrics, data_collator=collator)
@@ -98,11 +101,7 @@ def test_sft_with_metrics(tmp_path):
 def test_dpo_with_metrics(tmp_path):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    trainer = dpo(tmp_path, compute_metrics=Predictions())
-    with pytest.raises(ValueError, match=r"compute_metrics is set.*PrefillMaskCollator.*DataCollatorForPreference"):
-        check_trainer(trainer)
-    with pytest.raises(ValueError, match=rf"DPOTrainer {NEITHER}"):
-        trainer.evaluate()
+    check_refused_without_mask(dpo(tmp_path, compute_metrics=Predictions()), "DataCollatorForPreference")
     metrics = Predictions()
     collator = PrefillMaskCollator(DataCollatorForPreference(pad_token_id=0))
     trainer = dpo(tmp_path, compute_metrics=metrics, data_collator=collator)

@@ -80,6 +80,16 @@ async def door(shards, settings=None, limits=None, upstream=None, token="secret"
             yield client
 
 
+def answering_after(event):
+    """Returns an upstream that answers when the event has come."""
+
+    async def answer(request):
+        await event.wait()
+        return web.json_response({})
+
+    return answer
+
+
 def generate(client, adapter=None, path="/generate"):
     parameters = {} if adapter is None else {"adapter_id": adapter}
     return client.post(path, json={"inputs": "x", "parameters": parameters})

@@ -12,7 +12,7 @@ from tgi_patch import fleet as fleet_module
 from tgi_patch.front import Limits
 from tgi_patch.settings import Settings
 
-from .doors import Shards, door, generate, run
+from .doors import Shards, answering_after, door, generate, run
 
 
 def test_what_is_known_passes_unchanged():
@@ -56,13 +56,9 @@ def test_what_is_unknown_is_answered_in_the_form_of_its_route():
 def test_limits():
     held = asyncio.Event()
 
-    async def slow(request):
-        await held.wait()
-        return web.json_response({})
-
     async def check():
         limits = Limits(body_bytes=100, in_flight=1, silence_s=0.3, drain_s=0.2)
-        async with door(Shards(), limits=limits, upstream=slow) as client:
+        async with door(Shards(), limits=limits, upstream=answering_after(held)) as client:
             assert (await client.post("/generate", data=b"x" * 200)).status == 413
             first = asyncio.ensure_future(generate(client, "acme"))
             await asyncio.sleep(0.05)
@@ -192,7 +188,7 @@ def test_admin_routes(monkeypatch):
 
     async def check():
         shards = Shards()
-        async with door(shards, upstream=slow) as client:
+        async with door(shards, upstream=answering_after(held)) as client:
             route, key = "/preft/adapters", {"Authorization": "Bearer secret"}
             assert (await client.get(route)).status == 401
             assert (await client.get(route, headers={"Authorization": "Bearer no"})).status == 401

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from aiohttp import web
 
 from preft_core.config import AdapterError, HubError
 from tgi_patch import fleet as fleet_module
@@ -15,7 +14,7 @@ from tgi_patch.front import Limits
 from tgi_patch.registry import AdapterTaken, UnknownAdapter
 from tgi_patch.settings import Settings
 
-from .doors import Shards, door, generate, run
+from .doors import Shards, answering_after, door, generate, run
 
 SECRET = {"Authorization": "Bearer secret"}
 
@@ -107,12 +106,8 @@ def test_a_rank_that_is_late_holds_no_name_for_ever():
 def test_an_adapter_that_is_leaving_is_not_added_as_if_it_were_there():
     held = asyncio.Event()
 
-    async def slow(request):
-        await held.wait()
-        return web.json_response({})
-
     async def check():
-        async with door(Shards(), upstream=slow) as client:
+        async with door(Shards(), upstream=answering_after(held)) as client:
             first = asyncio.ensure_future(generate(client, "acme"))
             await asyncio.sleep(0.05)
             assert (await delete(client, "acme")).status == 202
