@@ -212,6 +212,11 @@ class Segments:
         return tuple(found)
 
     @cached_property
+    def covers_all(self) -> bool:
+        """True if every row of the batch has an adapter; False also where only the device knows that."""
+        return self.spans is not None and sum(span.end - span.begin for span in self.spans) == self.num_rows
+
+    @cached_property
     def runs(self) -> tuple[Span, ...] | None:
         """The spans with neighbours of the same slot joined; None where only the device knows them."""
         if self.spans is None:

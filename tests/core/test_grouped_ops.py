@@ -79,6 +79,26 @@ def test_lora_of_a_ragged_batch(way, case):
 
 @pytest.mark.parametrize("way", WAYS)
 @settings(deadline=None, max_examples=30)
+@given(case=CASES, everywhere=st.booleans())
+def test_a_linear_layer_with_its_updates(way, case, everywhere):
+    requests = case["requests"]
+    if everywhere:
+        # no base rows: the updates are written first, and the product is added to them
+        requests = [(max(slot, 0), length) for slot, length in requests]
+    slots = [slot for slot, _ in requests]
+    segments = Segments.of_lengths(slots, [length for _, length in requests], DEVICE, case["tile_rows"])
+    rows, width, widths, rank, dtype = segments.num_rows, case["width"], case["widths"], case["rank"], case["dtype"]
+    x = random((rows, width), dtype, 1)
+    a = (random((4, len(widths), rank, width), dtype, 2) / width**0.5).to(dtype)
+    b = (random((4, sum(widths), rank), dtype, 3) / rank**0.5).to(dtype)
+    weight = (random((sum(widths), width), dtype, 4) / width**0.5).to(dtype)
+    slot_of_row = [slot for slot, length in requests for _ in range(length)]
+    exact = exact_lora(x.double() @ weight.double().T, x, a, b, widths, slot_of_row)
+    assert_close(WAYS[way].lora_linear(x, weight, a, b, widths, segments), exact, scale=6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(deadline=None, max_examples=30)
 @given(case=CASES)
 def test_direft_of_a_ragged_batch(way, case):
     slots = [slot for slot, _ in case["requests"]]

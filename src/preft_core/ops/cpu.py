@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from preft_core.tokens import Segments
 
@@ -31,6 +32,15 @@ def add_lora_(
         low = x_TD[rows] @ a_SLRD[slot].reshape(num_parts * rank, width_in).T
         for part, columns in enumerate(_columns(widths)):
             _addmm_(output_TN[:, columns], rows, low[:, part * rank : (part + 1) * rank], b_SNR[slot, columns].T)
+
+
+def lora_linear(
+    x_TD: Tensor, weight_ND: Tensor, a_SLRD: Tensor, b_SNR: Tensor, widths: tuple[int, ...], segments: Segments
+) -> Tensor:
+    """See `reference.lora_linear`."""
+    output_TN = linear(x_TD, weight_ND)
+    add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
+    return output_TN
 
 
 def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor, segments: Segments) -> None:

@@ -1,6 +1,7 @@
 """Launch configurations of the kernels: computed from the shape, never searched for on a request's path."""
 
-from dataclasses import dataclass
+import functools
+from typing import NamedTuple
 
 SHARED_MEMORY = {(8, 0): 160 << 10, (9, 0): 220 << 10, (10, 0): 220 << 10}
 """Bytes of shared memory that one program may use, by compute capability, with some left for the compiler."""
@@ -8,27 +9,31 @@ SAFE_SHARED_MEMORY = 60 << 10
 MIN_PROGRAMS = 128
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """How the kernels of one op are launched.
 
     Attributes:
         split: parts that the input width is cut into, each summed by a program of its own
         block_in: input columns per step of the shrink
         block_columns: of the L * R columns, those that one program of the shrink computes
-        block_out: output columns per program of the expand
+        block_out: output columns per step of the expand
+        blocks_out: steps of one program of the expand
         num_warps: of either kernel
         num_stages: steps of the shrink that are loaded ahead
+        out_stages: steps of the expand that are loaded ahead
     """
 
     split: int
     block_in: int
     block_columns: int
     block_out: int
+    blocks_out: int
     num_warps: int
     num_stages: int
+    out_stages: int
 
 
+@functools.lru_cache(maxsize=4096)
 def launch_for(
     capability: tuple[int, int],
     num_tiles: int,
@@ -36,6 +41,7 @@ def launch_for(
     width: int,
     num_columns: int,
     rank: int,
+    width_out: int,
     bytes_per_number: int,
 ) -> Launch:
     """Returns a configuration that fits the device.
@@ -49,23 +55,29 @@ def launch_for(
         width: D, the input's columns
         num_columns: L * R
         rank: R
+        width_out: N, the output's columns
         bytes_per_number: 2 or 4, that of the operands of a matrix product
     """
     budget = SHARED_MEMORY.get(capability, SAFE_SHARED_MEMORY)
     split = 1
     while num_tiles * split < MIN_PROGRAMS and split < 8 and width // (2 * split) >= 256:
         split *= 2
-    block_columns = min(_power_of_two(num_columns), 128)
+    block_columns = min(power_of_two(num_columns), 128)
     # the widest steps first, then as many of them ahead as fit
     per_column = (tile_rows + block_columns) * bytes_per_number
     block_in = next(size for size in (128, 64, 32, 16) if 2 * size * per_column <= budget or size == 16)
     num_stages = max(1, min(4, budget // (block_in * per_column)))
-    operands = _power_of_two(rank) * bytes_per_number
+    per_column = (power_of_two(rank) + tile_rows) * bytes_per_number
     widest = 256 if tile_rows <= 32 else 128
-    block_out = next(size for size in (256, 128, 64, 32) if size <= widest and (size + tile_rows) * operands <= budget)
-    return Launch(split, block_in, block_columns, block_out, 8 if tile_rows > 32 else 4, num_stages)
+    block_out = next(size for size in (256, 128, 64, 32) if size <= widest and size * per_column <= budget)
+    # a long run of columns a program, loaded ahead, where enough programs are left; short tiles do better without
+    blocks_out = 4 if tile_rows > 32 and num_tiles * width_out >= 8 * block_out * MIN_PROGRAMS else 1
+    spare = budget - tile_rows * power_of_two(rank) * bytes_per_number
+    out_stages = max(1, min(3, spare // (block_out * per_column))) if blocks_out > 1 else 1
+    num_warps = 8 if tile_rows > 32 else 4
+    return Launch(split, block_in, block_columns, block_out, blocks_out, num_warps, num_stages, out_stages)
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     """Returns the smallest power of two that is at least count, and at least the 16 of a matrix unit."""
     return max(16, 1 << (count - 1).bit_length())

@@ -103,6 +103,25 @@ def add_lora_(
         output_TN[rows] = output.to(output_TN.dtype)
 
 
+def lora_linear(
+    x_TD: Tensor, weight_ND: Tensor, a_SLRD: Tensor, b_SNR: Tensor, widths: tuple[int, ...], segments: Segments
+) -> Tensor:
+    """Returns the output of layers that share an input, with the LoRA update of each adapted row's own slot.
+
+        output = x @ weight.T, then add_lora_(output, ...)
+
+    Args:
+        x_TD: (T, D), the layers' input
+        weight_ND: (N, D), the layers' weights one below the other, dtype of x
+        a_SLRD, b_SNR, widths, segments: as for `add_lora_`
+    Returns: (T, N), a new tensor in x's dtype.
+    Source: as `add_lora_`.
+    """
+    output_TN = linear(x_TD, weight_ND)
+    add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
+    return output_TN
+
+
 def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor, segments: Segments) -> None:
     """Adds to each adapted row of a packed batch the DiReFT update of its own slot; other rows are not touched.
 
