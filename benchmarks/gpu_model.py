@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from preft_core.layout import Bucket, Layout, Site, Weights
-from preft_core.ops import add_direft_, add_lora_
+from preft_core.ops import add_direft_, lora_linear
 from preft_core.planner import Shape
 from preft_core.tokens import Segments
 
@@ -101,8 +101,10 @@ class Decoder:
             query, key, value = self._heads(i, hidden, len(ids), adapters, segments)
             cache[0].index_copy_(2, position.view(1), key)
             cache[1].index_copy_(2, position.view(1), value)
-            mixed = scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=mask, enable_gqa=True)
-            hidden = self._rest(i, hidden, mixed, adapters, segments)
+            # the heads that share keys stand in the place of positions: with enable_gqa, keys would be copied for each
+            grouped = query.unflatten(1, (self.shape.num_kv_heads, -1)).squeeze(3)
+            mixed = scaled_dot_product_attention(grouped, cache[0], cache[1], attn_mask=mask)
+            hidden = self._rest(i, hidden, mixed.flatten(1, 2).unsqueeze(2), adapters, segments)
         return self._logits(hidden)
 
     def _heads(
@@ -129,11 +131,10 @@ class Decoder:
         return hidden
 
     def _linear(self, i: int, name: str, x: Tensor, adapters: Adapters | None, segments: Segments | None) -> Tensor:
-        output = linear(x, self.layers[i][name])
-        if adapters is not None and segments is not None and f"{i}.{name}" in adapters.weights:
-            weights = adapters.weights[f"{i}.{name}"]
-            add_lora_(output, x, weights.a, weights.b, weights.widths, segments)
-        return output
+        if adapters is None or segments is None or f"{i}.{name}" not in adapters.weights:
+            return linear(x, self.layers[i][name])
+        weights = adapters.weights[f"{i}.{name}"]
+        return lora_linear(x, self.layers[i][name], weights.a, weights.b, weights.widths, segments)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return linear(_norm(hidden), self.head)
