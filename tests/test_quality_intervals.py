@@ -69,6 +69,8 @@ def test_drawing_the_rows_anew_spreads_the_mean_as_the_interval_says(of_length):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_committed_tokens_are_those_that_the_losses_weigh_rows_by(file, task):
     runs = json.loads(file.read_text())["runs"]
+    if file.stem != MAIN and not any(run.get("task") == task for run in runs.values()):
+        pytest.skip(f"{file.stem} has no run of this task")
     of_task = [run for run in with_row_tokens(runs, runs).values() if run.get("task") == task]
     judged = [run for run in of_task if "row_losses" in run]
     assert judged

@@ -111,6 +111,25 @@ def test_the_page_says_what_was_run_in_the_other_dtype():
     assert report.in_float32(runs, "seed") == " Arithmetic in float32: seed 0, 2."
 
 
+def test_a_rank_comes_from_the_device_that_has_most_of_its_runs():
+    def runs(rank, seeds, **facts):
+        return [{"task": "devil", "method": "lora", "rank": rank, "seed": seed} | facts for seed in range(seeds)]
+
+    tokens = {"row_tokens": [3, 4]}
+    main = [run | tokens for run in runs(1, 1) + runs(4, 2) + runs(16, 3)]
+    other = runs(1, 3, there=True) + runs(4, 2, there=True) + runs(16, 1, there=True)
+    other += [{"task": "devil", "method": "lora", "rank": 64, "lr": 0.1}, *runs(1, 9, task="cities")]
+    where = {"device": "a GPU", "torch": "9"}
+    full = {"cpu": {}, "gpu": {"environment": where, "runs": dict(enumerate(other))}}
+    full["cpu"] = {"environment": {}, "runs": dict(enumerate(main))}
+    found, said = report.with_other_devices(main, full, "devil")
+    assert said == " On a GPU, torch 9: rank 1."
+    assert [(run["rank"], run.get("there", False)) for run in found] == [(4, False)] * 2 + [(16, False)] * 3 + [
+        (1, True)
+    ] * 3
+    assert all(run["row_tokens"] == [3, 4] for run in found)
+
+
 def test_the_base_model_is_judged_once_in_each_dtype(tmp_path):
     class Judged(Bench):
         base = make_base("llama")

@@ -11,13 +11,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.quality.intervals import difference, each_row_alike, interval
-from benchmarks.quality.methods import COLOURS, METHODS, NAMES
+from benchmarks.quality.methods import COLOURS, METHODS, NAMES, RANKS
 from benchmarks.quality.report_parts import TABLES, short_runs
 from benchmarks.quality.store import RESULTS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "quality.md"
 IMAGES = ROOT / "docs" / "images"
+# the device of most runs; a rank of a task may come from another one
+MAIN = "cpu"
 BEGIN, END = "<!-- {} -->", "<!-- end -->"
 
 Runs = list[dict[str, Any]]
@@ -26,19 +28,20 @@ Runs = list[dict[str, Any]]
 def main() -> None:
     page = PAGE.read_text()
     full, parts = _results(RESULTS), {part: _results(RESULTS / part) for part, _, _ in TABLES.values()}
-    for device, data in full.items():
-        runs_of_all = with_row_tokens(data["runs"], data["runs"])
-        short = parts["short"].get(device, {"runs": {}})["runs"]
-        for task in sorted({run["task"] for run in runs_of_all.values() if "seed" in run}):
-            runs = [run for run in runs_of_all.values() if run.get("task") == task and "seed" in run]
-            if {run["method"] for run in runs} != set(METHODS):
-                # a task that the study has only begun compares nothing
-                continue
-            base = data["runs"][f"part=base task={task}"]
-            made_on = where(data) + in_float32(runs, "rank", data["runs"].get(f"part=base task={task} dtype=float32"))
-            page = replaced(page, f"{device} {task} rank", rank_table(runs, base, made_on))
-            page = replaced(page, f"{device} {task} distance", distance_table(runs, base, short_runs(short, task)))
-            plot(runs, base, f"{task}, {device}", IMAGES / f"quality-{device}-{task}.png")
+    data = full[MAIN]
+    runs_of_all = with_row_tokens(data["runs"], data["runs"])
+    short = parts["short"].get(MAIN, {"runs": {}})["runs"]
+    for task in sorted({run["task"] for run in runs_of_all.values() if "seed" in run}):
+        runs, elsewhere = with_other_devices(list(runs_of_all.values()), full, task)
+        if {run["method"] for run in runs} != set(METHODS):
+            # a task that the study has only begun compares nothing
+            continue
+        base = data["runs"][f"part=base task={task}"]
+        made_on = where(data) + elsewhere
+        made_on += in_float32(runs, "rank", data["runs"].get(f"part=base task={task} dtype=float32"))
+        page = replaced(page, f"{MAIN} {task} rank", rank_table(runs, base, made_on))
+        page = replaced(page, f"{MAIN} {task} distance", distance_table(runs, base, short_runs(short, task)))
+        plot(runs, base, task, IMAGES / f"quality-{MAIN}-{task}.png")
     for mark, (part, table, draw) in TABLES.items():
         for device, data in parts[part].items():
             made_on = where(data) + in_float32(list(data["runs"].values()), "seed")
@@ -52,6 +55,30 @@ def main() -> None:
 def _results(folder: Path) -> dict[str, Any]:
     """Returns the results in a folder by the device that they were made on."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def with_other_devices(main: Runs, full: dict[str, Any], task: str) -> tuple[Runs, str]:
+    """Returns a task's runs over seeds, and a sentence on the ranks whose runs are another device's.
+
+    A rank's runs come from one device: the one that has most of them, the main one among equals.
+
+    Args:
+        main: the runs of the main device
+        full: results by device
+    """
+    runs = [run for run in main if run.get("task") == task and "seed" in run]
+    tokens = next((run["row_tokens"] for run in runs if "row_tokens" in run), None)
+    said = ""
+    for device, data in full.items():
+        others = [run for run in data["runs"].values() if run.get("task") == task and "seed" in run]
+        ranks = [rank for rank in RANKS if len(_at(others, rank)) > len(_at(runs, rank))]
+        if device != MAIN and ranks:
+            told = {} if tokens is None else {"row_tokens": tokens}
+            kept = [run for run in runs if run["rank"] not in ranks]
+            runs = kept + [run | told for rank in ranks for run in _at(others, rank)]
+            made_on = data["environment"]
+            said += f" On {made_on['device']}, torch {made_on['torch']}: rank {', '.join(map(str, ranks))}."
+    return runs, said
 
 
 def where(data: dict[str, Any]) -> str:
@@ -195,6 +222,10 @@ def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
     figure.suptitle(title)
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, dpi=110)
+
+
+def _at(runs: Runs, rank: int) -> Runs:
+    return [run for run in runs if run["rank"] == rank]
 
 
 def _of(runs: Runs, method: str, rank: int) -> Runs:
