@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 from benchmarks.quality.intervals import difference, each_row_alike, interval, rows_half_width
-from benchmarks.quality.report import RESULTS, with_row_tokens
+from benchmarks.quality.report import MAIN, RESULTS, with_row_tokens
 from benchmarks.quality.tasks import TASKS
 
 LORA = [{"seed": 0, "loss": 2.0, "row_losses": [2.0, 2.0]}, {"seed": 1, "loss": 3.0, "row_losses": [3.0, 3.0]}]
