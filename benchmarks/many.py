@@ -1,4 +1,4 @@
-"""Many adapters in one batch: `python -m benchmarks.many [--repeats N] [--adapters 1,4,16] [--shapes 64x32]`.
+"""Many adapters in one batch: `python -m benchmarks.many [--repeats N] [--adapters 1,4,16] [--device cuda]`.
 
 Every row of the batch has its own adapter. The systems alternate in one process. A case that the results file holds
 already is kept, so that an interrupted study goes on where it stopped.
@@ -32,6 +32,13 @@ SHAPES = ((64, 32), (256, 128))
 MEASURED = ("prefill_s", "time_to_first_token_s", "decode_tokens_per_s", "end_to_end_s")
 
 
+def now() -> float:
+    """Returns the clock in seconds, when the device has done all that was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(StoppingCriteria):
     """Notes when each token was chosen, and how long the model took for the prompt."""
 
@@ -45,13 +52,13 @@ class Clock(StoppingCriteria):
         ]
 
     def _begin(self, *args: Any) -> None:
-        self._began = time.perf_counter()
+        self._began = now()
 
     def _end(self, *args: Any) -> None:
-        self.forwards.append(time.perf_counter() - self._began)
+        self.forwards.append(now() - self._began)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens.append(time.perf_counter())
+        self.tokens.append(now())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def remove(self) -> None:
@@ -64,29 +71,36 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="generations of each system, at least 5")
     parser.add_argument("--adapters", default=",".join(map(str, ADAPTERS)), help="rows, each with its own adapter")
     parser.add_argument("--shapes", default=",".join(f"{p}x{d}" for p, d in SHAPES), help="prompt x decode tokens")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--no-peak", action="store_true", help="leave out the memory, which takes processes of its own"
+    )
     parser.add_argument("--peak-of", nargs=4, metavar=("SYSTEM", "ADAPTERS", "PROMPT", "DECODE"), help="internal")
     options = parser.parse_args()
     if options.repeats < 5:
         parser.error(f"--repeats is {options.repeats}: give 5 or more")
     transformers.utils.logging.set_verbosity_error()
+    # the same float32 arithmetic on every device
+    torch.backends.cuda.matmul.allow_tf32 = False
     folder = Path(tempfile.gettempdir()) / f"preft-many-adapters-r{RANK}"
     if options.peak_of:
-        print_peak(options.peak_of[0], *map(int, options.peak_of[1:]), folder)
+        print_peak(options.peak_of[0], *map(int, options.peak_of[1:]), folder, options.device)
         return
     counts = sorted(int(number) for number in options.adapters.split(","))
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     console = Console()
-    file = RESULTS / f"many-adapters-{device_name()}.json"
+    device = device_name() if options.device == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
+    file = RESULTS / f"many-adapters-{device}.json"
     report = json.loads(file.read_text()) if file.exists() else {"cases": []}
     done = {(case["adapters"], case["prompt"], case["decode"]) for case in report["cases"]}
     wanted = [(n, p, d) for p, d in shapes for n in counts if (n, p, d) not in done]
     if wanted:
-        base = demo_base()
+        base = demo_base().to(options.device)
         systems = [make_system(name, base, max(counts), folder) for name in SYSTEMS]
         for case in wanted:
-            report["cases"].append(measure(systems, base, case, options.repeats, folder, console))
+            report["cases"].append(measure(systems, base, case, options, folder, console))
             report |= {
-                "device": device_name(),
+                "device": device,
                 "environment": environment("python -m benchmarks.many"),
                 "model": "SmolLM2-135M-Instruct, float32",
                 "rank": RANK,
@@ -104,12 +118,17 @@ def demo_base() -> Any:
 
 
 def measure(
-    systems: list[System], base: Any, case: tuple[int, int, int], repeats: int, folder: Path, console: Console
+    systems: list[System],
+    base: Any,
+    case: tuple[int, int, int],
+    options: argparse.Namespace,
+    folder: Path,
+    console: Console,
 ) -> dict[str, Any]:
     """Returns one case's medians, quartiles and ratios to base, measured in turns; the system that starts rotates."""
-    num_adapters, prompt, decode = case
+    (num_adapters, prompt, decode), repeats = case, options.repeats
     torch.manual_seed(0)
-    ids = torch.randint(0, base.config.vocab_size, (num_adapters, prompt))
+    ids = torch.randint(0, base.config.vocab_size, (num_adapters, prompt)).to(options.device)
     names = adapter_names(num_adapters)
     for system in systems:
         # also the warm-up: the pool loads its adapters here
@@ -122,14 +141,14 @@ def measure(
     result: dict[str, Any] = {"adapters": num_adapters, "prompt": prompt, "decode": decode, "repeats": repeats}
     result["systems"] = {name: summary(runs, times["base"]) for name, runs in times.items()}
     for name in times:
-        result["systems"][name]["peak_bytes"] = peak_bytes(name, case)
+        result["systems"][name]["peak_bytes"] = None if options.no_peak else peak_bytes(name, case, options.device)
     return result
 
 
 def generation(system: System, ids: torch.Tensor, names: list[str], decode: int) -> dict[str, float]:
     """Returns the times of one generation, all rows together."""
     clock = Clock(system.model)
-    start = time.perf_counter()
+    start = now()
     system.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -139,7 +158,7 @@ def generation(system: System, ids: torch.Tensor, names: list[str], decode: int)
         stopping_criteria=StoppingCriteriaList([clock]),
         **system.arguments(names),
     )
-    end = time.perf_counter()
+    end = now()
     clock.remove()
     return {
         "prefill_s": clock.forwards[0],
@@ -164,19 +183,26 @@ def summary(runs: list[dict[str, float]], base: list[dict[str, float]]) -> dict[
     return result
 
 
-def peak_bytes(name: str, case: tuple[int, int, int]) -> int:
+def peak_bytes(name: str, case: tuple[int, int, int], device: str) -> int:
     """Returns the most memory that a process of its own took for one generation with this system."""
-    command = [sys.executable, "-m", "benchmarks.many", "--peak-of", name, *map(str, case)]
+    command = [sys.executable, "-m", "benchmarks.many", "--device", device, "--peak-of", name]
+    command += map(str, case)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def print_peak(name: str, num_adapters: int, prompt: int, decode: int, folder: Path) -> None:
-    system = make_system(name, base := demo_base(), num_adapters, folder)
+def print_peak(name: str, num_adapters: int, prompt: int, decode: int, folder: Path, device: str) -> None:
+    system = make_system(name, base := demo_base().to(device), num_adapters, folder)
     names = adapter_names(num_adapters)
-    ids = torch.randint(0, base.config.vocab_size, (num_adapters, prompt))
+    ids = torch.randint(0, base.config.vocab_size, (num_adapters, prompt)).to(device)
     del base
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        generation(system, ids, names, min(decode, 4))
+        print(torch.cuda.max_memory_allocated())
+        return
     # making the model took more memory than using it: start the kernel's record of the peak anew
     Path("/proc/self/clear_refs").write_text("5")
     generation(system, ids, names, min(decode, 4))
@@ -201,7 +227,8 @@ def table(report: dict[str, Any]) -> Table:
         for name, figures in case["systems"].items():
             cells = [f"{figures[key]['median']:.2f} ({figures[key]['ratio']:.2f}x)" for key in MEASURED]
             label = (str(case["adapters"]), f"{case['prompt']} + {case['decode']}") if name == "base" else ("", "")
-            shown.add_row(*label, name, *cells, f"{figures['peak_bytes'] / 1e9:.2f}", end_section=name == SYSTEMS[-1])
+            peak = "" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 1e9:.2f}"
+            shown.add_row(*label, name, *cells, peak, end_section=name == SYSTEMS[-1])
     return shown
 
 

@@ -95,7 +95,7 @@ def _peft_lora(base: Any, num_adapters: int, folder: Path) -> Any:
 @contextmanager
 def adapted(model: Any, method: str, place: Path) -> Iterator[None]:
     """Puts one saved adapter on every token of a model, by plain torch: merged LoRA, or hooks for DiReFT."""
-    saved = load_file(place / "adapter_model.safetensors")
+    saved = load_file(place / "adapter_model.safetensors", device=str(model.device))
     scaling = PreftConfig(method=method, r=RANK).scaling  # type: ignore[arg-type]
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in saved.items():

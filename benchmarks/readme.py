@@ -88,7 +88,7 @@ def all_figures(file: Path) -> str:
                 low, high = figures[figure]["ratio_quartiles"]
                 ratio = "" if name == "base" else f" ({figures[figure]['ratio']:.2f}: {low:.2f} to {high:.2f})"
                 cells.append(f"{figures[figure]['median']:.3g}{ratio}")
-            cells.append(f"{figures['peak_bytes'] / 1e9:.2f}")
+            cells.append("" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 1e9:.2f}")
             first = f"{case['adapters']}, {case['prompt']} + {case['decode']}" if name == "base" else ""
             lines.append(f"| {first} | {NAMES[name]} | " + " | ".join(cells) + " |")
     repeats = sorted({case["repeats"] for case in report["cases"]})

@@ -10,7 +10,7 @@ from preft_core.ops import add_direft_, direft_update, loreft_update
 from preft_hf.config import PreftConfig
 from preft_hf.layer import PreftLayer, dropout_of
 from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
-from preft_hf.rows import cast, check_present, flat, masked, rows_added, rows_of
+from preft_hf.rows import cast, check_present, check_slots, flat, masked, rows_added, rows_of
 
 
 class PreftBlock(nn.Module, PreftLayer):
@@ -99,7 +99,7 @@ class PreftBlock(nn.Module, PreftLayer):
         for bucket, segments in phase.pooled.items():
             weights = self.pooled.get(bucket)
             if weights is not None and weights.bias is not None:
-                check_present(weights.a, hidden)
+                check_slots(weights.a, hidden)
                 target = edited.to(weights.a.dtype)
                 add_direft_(target, weights.a[:, 0], weights.b, weights.bias, segments)
                 edited = target.to(hidden.dtype)

@@ -13,7 +13,7 @@ from preft_core.layout import Bucket, Weights
 from preft_core.ops import add_lora_, lora_update
 from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.phase import ForwardPhase, RoutedRows, SharedPhase
-from preft_hf.rows import add_rows_, cast, check_present, flat, masked, rows_added, rows_of
+from preft_hf.rows import add_rows_, cast, check_present, check_slots, flat, masked, rows_added, rows_of
 
 
 class PreftLayer(BaseTunerLayer):
@@ -179,7 +179,7 @@ class PreftLinear(nn.Module, PreftLayer):
         for bucket, segments in phase.pooled.items():
             weights = self.pooled.get(bucket)
             if weights is not None:
-                check_present(weights.a, x)
+                check_slots(weights.a, x)
                 # Under autocast, or around a quantised layer, the output may have another dtype than the slots.
                 same = rows_out.dtype == weights.a.dtype
                 target = rows_out if same else rows_out.to(weights.a.dtype)

@@ -45,6 +45,16 @@ def check_present(parameter: Tensor, x: Tensor) -> None:
         )
 
 
+def check_slots(slots: Tensor, x: Tensor) -> None:
+    """Raises a RuntimeError if a pool's slots are not on its model's device: they stay where the pool was made."""
+    check_present(slots, x)
+    if slots.device != x.device:
+        raise RuntimeError(
+            f"the slots of the model's PreftPool are on {slots.device} and the model is on {x.device} now: move the "
+            "model first and make the pool after that; pool.close() takes this one out"
+        )
+
+
 def add_rows_(output: Tensor, index: Tensor, update: Tensor) -> Tensor:
     """Adds update (rows, width) to rows of output (..., width), in place, and returns output.
 

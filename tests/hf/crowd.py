@@ -31,9 +31,9 @@ class Crowd:
     adapted: dict[str, PreTrainedModel]
     paths: dict[str, Path]
 
-    def model(self, kind: str, num_slots: int = 4):
+    def model(self, kind: str, num_slots: int = 4, device: str = "cpu"):
         """Returns a new model that knows all adapters: in its layers, in a pool, or some here and some there."""
-        model = copy.deepcopy(self.base)
+        model = copy.deepcopy(self.base).to(device)
         names = list(self.paths)
         held = {"held": names, "pooled": [], "both": names[1:3]}[kind]
         if held:

@@ -56,7 +56,7 @@ def test_one_adapter(method, mode):
 @pytest.mark.parametrize("kind", ["held", "pooled", "both"])
 def test_a_mixed_batch_equals_each_row_alone(kind, mode):
     c, ids = crowd(), prompts()
-    model = pooled() if kind == "pooled" else c.model(kind).to("cuda")
+    model = c.model(kind, device="cuda")
     output = model.generate(input_ids=ids.to("cuda"), adapter_names=NAMES, **MODES[mode], **GREEDY)
     check(output, *c.oracle_rows(NAMES, ids), ids.shape[1])
 

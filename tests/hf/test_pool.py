@@ -68,6 +68,16 @@ def test_512_adapters_in_64_slots(many):
     assert counters.hits + counters.loads == 24 * len(walk)
 
 
+def test_a_model_that_is_moved_away_from_its_pool():
+    """The slots stay where they were made, and their addresses with them."""
+    model = crowd().model("pooled").to("meta")
+    for name in ("wide", "edit"):
+        with pytest.raises(
+            RuntimeError, match=r"slots .* are on cpu and the model is on meta now: move the model first"
+        ):
+            model(input_ids=prompt(1).to("meta"), adapter_names=[name])
+
+
 def test_more_names_in_a_batch_than_slots(many):
     model = make_base()
     PreftPool.from_pretrained(model, many, num_slots=2)
