@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu import SHARD_70B
 from benchmarks.run import RESULTS
 from preft_core.planner import DEVICES, SHAPES, Device, Planner, Workload
 
@@ -24,8 +25,10 @@ PUBLISHED = (
 
 def main() -> None:
     console = Console()
-    for file in sorted(RESULTS.glob("many-adapters-*.json")):
+    for file in sorted(RESULTS.glob("many-adapters-cpu-*.json")):
         console.print(table(file.stem, compare(json.loads(file.read_text()))))
+    for file in sorted(RESULTS.glob("serving-*.json")):
+        console.print(engine_table(file.stem, compare_engine(json.loads(file.read_text()))))
     console.print(published())
 
 
@@ -72,6 +75,43 @@ def compare(report: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def compare_engine(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns predicted and measured ratios of a run of benchmarks.gpu: prompts to base, all-token LoRA to PreFT."""
+    shapes = dict(SHAPES) | {SHARD_70B.name: SHARD_70B}
+    forwards = {(k["model"], k["rank"], k["adapters"], k["system"]): k for k in report["forwards"]}
+    runs = {(k["model"], k["rank"], k["adapters"], k["prompt"], k["system"]): k for k in report["serving"]}
+    rows = []
+    for (model, rank, adapters, prompt, system), case in runs.items():
+        lora = runs.get((model, rank, adapters, prompt, "all-token"))
+        if system not in ("lora-p", "direft-p") or lora is None:
+            continue
+        planner = Planner(shapes[model], DEVICES["h100"], "lora" if system == "lora-p" else "direft", rank)
+        work = Workload(adapters, case["rows"], prompt, case["steps"])
+        once, base = forwards[model, rank, adapters, system], forwards[model, rank, adapters, "base"]
+        rows.append(
+            {
+                "case": f"{model}, r={rank}, {adapters} adapters, {prompt} + {case['steps']}",
+                "system": system,
+                "prefill": (
+                    1 + planner.prefill(once["tokens"], adapters).overhead,
+                    once["forward"]["median"] / base["forward"]["median"],
+                ),
+                "against_lora": (planner.ratio(work), lora["whole_s"] / case["whole_s"]),
+            }
+        )
+    return rows
+
+
+def engine_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=f"{name}: predicted / measured")
+    for column in ("case", "", "prompts / base", "whole run, all-token LoRA / PreFT"):
+        shown.add_column(column)
+    for row in rows:
+        pairs = [row[key] for key in ("prefill", "against_lora")]
+        shown.add_row(row["case"], row["system"], *(f"{a:.2f} / {b:.2f}" for a, b in pairs))
+    return shown
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> Table:

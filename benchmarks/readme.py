@@ -9,6 +9,7 @@ README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs" / "serving.md"
 VLLM_PAGE = README.parent / "docs" / "vllm.md"
 VLLM_START, VLLM_END = "<!-- vllm -->\n", "<!-- /vllm -->"
+GPU_START, GPU_END = "<!-- gpu -->\n", "<!-- /gpu -->"
 SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
 NAMES = {"base": "base model", "peft-lora": "PEFT LoRA", "lora-p": "LoRA-P", "direft-p": "DiReFT-P"}
 START, END = "<!-- results -->\n", "<!-- /results -->"
@@ -22,6 +23,10 @@ def main() -> None:
     before, _, rest = PAGE.read_text().partition(START)
     after = rest.partition(END)[2]
     PAGE.write_text(before + START + "\n".join(page_sections(many, single)) + END + after)
+    before, _, rest = PAGE.read_text().partition(GPU_START)
+    after = rest.partition(GPU_END)[2]
+    sections = map(gpu_section, sorted(RESULTS.glob("serving-*.json")))
+    PAGE.write_text(before + GPU_START + "\n".join(sections) + GPU_END + after)
     before, _, rest = VLLM_PAGE.read_text().partition(VLLM_START)
     after = rest.partition(VLLM_END)[2]
     sections = map(vllm_section, sorted(RESULTS.glob("vllm-*.json")))
@@ -45,6 +50,47 @@ def vllm_section(file: Path) -> str:
     lines += ["", f"{report['model']}; {made['device']}, {made['threads']} thread(s); torch {made['torch']}, vLLM "]
     lines[-1] += f"{made['vllm']}. Command: `{made['command']}`."
     return "\n".join(lines) + "\n"
+
+
+def gpu_section(file: Path) -> str:
+    """Returns what docs/serving.md shows of a run of benchmarks.gpu: prompts, decode steps and whole runs."""
+    report = json.loads(file.read_text())
+    lines = [
+        "| model | r | adapters | prompts / base: LoRA-P | DiReFT-P | decode step / base: PreFT | all-token "
+        "| requests, tokens | whole run, all-token / LoRA-P | / DiReFT-P |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    forwards = {_case(one): one["forward"] for one in report["forwards"]}
+    runs = {(*_case(one), one["prompt"], one["steps"]): one for one in report["serving"]}
+    for (model, rank, adapters, system, *load), base in runs.items():
+        if system != "base":
+            continue
+        found = {name: runs.get((model, rank, adapters, name, *load)) for name in ("lora-p", "direft-p", "all-token")}
+        cells = [model, str(rank), str(adapters)]
+        for name in ("lora-p", "direft-p"):
+            cells.append(_over(forwards.get((model, rank, adapters, name)), forwards[model, rank, adapters, "base"]))
+        lora = found["all-token"]
+        cells += ["1", _over(lora and lora["step"], base["step"])]
+        cells.append(f"{base['rows']} x ({load[0]} + {load[1]})")
+        for name in ("lora-p", "direft-p"):
+            one = found[name]
+            cells.append(f"{lora['whole_s'] / one['whole_s']:.2f}" if lora and one else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    made = report["environment"]
+    lines += ["", f"{made['device']}; torch {made['torch']}, triton {made['triton']}. Command: `{made['command']}`."]
+    return "\n".join(lines) + "\n"
+
+
+def _case(one: dict) -> tuple:
+    return one["model"], one["rank"], one["adapters"], one["system"]
+
+
+def _over(times: dict | None, base: dict) -> str:
+    """Returns a median over the base's median, and its quartiles over the same; nothing for no times."""
+    if times is None:
+        return ""
+    ratio, low, high = (seconds / base["median"] for seconds in (times["median"], *times["quartiles"]))
+    return f"{ratio:.3f} ({low:.3f} to {high:.3f})"
 
 
 def page_sections(many: list[Path], single: list[Path]) -> list[str]:

@@ -92,6 +92,10 @@ def test_the_readmes_figures_are_the_committed_ones():
         shown = (ROOT / name).read_text().partition(readme.START)[2].partition(readme.END)[0]
         assert shown == "\n".join(sections)
         assert shown
+    measured = sorted(readme.RESULTS.glob("serving-*.json"))
+    shown = (ROOT / "docs/serving.md").read_text().partition(readme.GPU_START)[2].partition(readme.GPU_END)[0]
+    assert measured
+    assert shown == "\n".join(map(readme.gpu_section, measured))
     measured = sorted(readme.RESULTS.glob("vllm-*.json"))
     shown = (ROOT / "docs/vllm.md").read_text().partition(readme.VLLM_START)[2].partition(readme.VLLM_END)[0]
     assert measured
