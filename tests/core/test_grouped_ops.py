@@ -4,6 +4,11 @@ Without a GPU the kernels run in Triton's interpreter, which shows their arithme
 not the GPU's own 16-bit products. With one, everything here runs there.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -267,3 +272,11 @@ def test_the_op_of_this_device_is_the_one_that_is_documented():
     reference.add_lora_(expected, x, a, b, (8,), segments)
     add_lora_(output, x, a, b, (8,), segments)
     assert torch.allclose(output, expected, atol=1e-5)
+
+
+def test_a_launch_takes_the_compiled_form_that_triton_would():
+    """A form made for aligned memory would read elsewhere, or fail, on memory that is not. Needs no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("kernel_choice.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

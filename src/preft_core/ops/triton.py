@@ -118,7 +118,7 @@ class _Kernel:
         """Launches on the current device.
 
         Args:
-            key: device, dtypes, whether pointers are multiples of 16, every integer whose value Triton looks at, and
+            key: device, dtypes, whether each pointer is a multiple of 16, every integer whose value Triton looks at, and
                 every constant
             arguments: all of the function's, constants among them
         """
@@ -141,7 +141,7 @@ def _shrink(x_TD: Tensor, a: Tensor, num_columns: int, segments: Segments, launc
     row_stride, column_stride = x_TD.stride()
     slot_stride = a.stride(0)
     constants = (segments.tile_rows, launch.block_columns, launch.block_in, launch.split, INTERPRETED)
-    aligned = (x_TD.data_ptr() | a.data_ptr()) & 15
+    aligned = x_TD.data_ptr() % 16 == 0, a.data_ptr() % 16 == 0
     _SHRINK(
         (x_TD.device, x_TD.dtype, aligned, row_stride, column_stride, slot_stride, width, num_columns, constants),
         (segments.tiles.shape[0], -(-num_columns // launch.block_columns), launch.split),
@@ -201,7 +201,7 @@ def _expand(
         adds,
     )
     bias = b_SNR if bias_SR is None else bias_SR
-    aligned = (output_TN.data_ptr() | b_SNR.data_ptr()) & 15, bias.data_ptr() & 15
+    aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in (output_TN, b_SNR, bias))
     _EXPAND(
         (output_TN.device, output_TN.dtype, aligned, numbers, constants),
         (sum(-(-width // span) for width in widths), segments.tiles.shape[0], 1),
