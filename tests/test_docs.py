@@ -96,6 +96,10 @@ def test_the_readmes_figures_are_the_committed_ones():
     shown = (ROOT / "docs/serving.md").read_text().partition(readme.GPU_START)[2].partition(readme.GPU_END)[0]
     assert measured
     assert shown == "\n".join(map(readme.gpu_section, measured))
+    case = {"model": "llama-3.1-8b", "rank": 16, "adapters": 512, "prompt": 64}
+    runs = json.loads(measured[0].read_text())["serving"]
+    steps = {run["system"]: run["step"]["median"] for run in runs if case.items() <= run.items()}
+    assert f"LoRA takes {steps['all-token'] / steps['base']:.2f} times the base's" in (ROOT / "README.md").read_text()
     measured = sorted(readme.RESULTS.glob("vllm-*.json"))
     shown = (ROOT / "docs/vllm.md").read_text().partition(readme.VLLM_START)[2].partition(readme.VLLM_END)[0]
     assert measured
