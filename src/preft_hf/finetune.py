@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def stream_answer(
     from transformers import TextStreamer
 
     from preft_core.adapter import read_config
+    from preft_hf.plain import plain_generation
 
     config = read_config(adapter)
     name = model_name or config.base_model_name_or_path
@@ -156,21 +158,41 @@ def stream_answer(
     base, tokenizer = load_base(name)
     model = base if without_adapter else PeftModel.from_pretrained(base, str(adapter)).eval()
     if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = _as_chat(prompt, tokenizer, name)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty: give one with --prompt or on standard input")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    model.generate(
-        **inputs,
-        **sampling,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    with nullcontext() if temperature > 0 else plain_generation(model):
+        model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+
+
+def _as_chat(prompt: str, tokenizer: Any, name: str) -> str:
+    """Returns what the chat template writes for a user's message.
+
+    Raises:
+        ValueError: there is no template, or it does not take the message.
+    """
+    from jinja2.exceptions import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {name} has no chat template: leave --chat out")
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--chat: the chat template of {name} does not take a user's message: {error}; leave --chat out and write "
+            "the prompt in the model's form"
+        ) from error
 
 
 def check_context(model: Any, samples: list[Sample]) -> None:

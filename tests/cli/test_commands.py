@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -50,6 +51,36 @@ def test_train_then_inspect_then_generate(place):
     assert adapted.returncode == 0, adapted.stderr
     assert adapted.stdout != base.stdout
     assert preft(*ask[:3], "--max-new-tokens", 4, input="w10 w11 ").stdout == adapted.stdout
+
+
+def test_the_likeliest_token_whatever_the_base_model_asks_for(place, tmp_path):
+    make_preft(make_base(), seed=3).save_pretrained(tmp_path / "a")
+    ask = ["generate", "--adapter", tmp_path / "a", "--prompt", "w10 w11 w10 w11 ", "--max-new-tokens", 6, "--model"]
+    expected = preft(*ask, place / "base").stdout
+    shutil.copytree(place / "base", tmp_path / "base")
+    settings = {"repetition_penalty": 5.0, "suppress_tokens": list(range(4, 40)), "no_repeat_ngram_size": 1}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    assert preft(*ask, tmp_path / "base").stdout == expected != "\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template: leave --chat out"),
+        ("{{ raise_exception('roles must be bot') }}", "does not take a user's message: roles must be bot"),
+    ],
+)
+def test_a_prompt_that_cannot_be_a_message(place, tmp_path, template, message):
+    make_preft(make_base()).save_pretrained(tmp_path / "a")
+    make_base().save_pretrained(tmp_path / "base")
+    words = tokenizer()
+    words.chat_template = template
+    words.save_pretrained(tmp_path / "base")
+    ask = ["generate", "--adapter", tmp_path / "a", "--prompt", "w10 ", "--chat", "--model", tmp_path / "base"]
+    done = preft(*ask)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_losses(place):

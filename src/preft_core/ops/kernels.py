@@ -129,7 +129,7 @@ def expand_kernel(
         low = low.to(b_ptr.dtype.element_ty)
     row = tl.load(rows_ptr + first + t, mask=in_tile, other=0).to(tl.int64)
     b_rows, output_rows = b_ptr + slot * stride_b_slot + r[:, None], output_ptr + row[:, None] * stride_output_row
-    for i in tl.range(0, NUM_BLOCKS, num_stages=STAGES):
+    for i in tl.range(0, NUM_BLOCKS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         n = place * span + i * BLOCK_N + tl.arange(0, BLOCK_N)
         in_width = n < width
         column = (begin + n).to(tl.int64)

@@ -118,8 +118,8 @@ class _Kernel:
         """Launches on the current device.
 
         Args:
-            key: device, dtypes, whether each pointer is a multiple of 16, every integer whose value Triton looks at, and
-                every constant
+            key: device, dtypes, whether each pointer is a multiple of 16, every integer whose value Triton looks at,
+                and every constant
             arguments: all of the function's, constants among them
         """
         kernel = self._compiled.get(key)
