@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from preft_core import ops
 from preft_core.adapter import Adapter, AdapterConfig, AdapterError, check_shapes
 from preft_core.layout import Bucket, Site, bucket_of
 from preft_core.manifest import read_manifest
@@ -151,6 +152,12 @@ class PreftPool:
             AdapterError: an adapter that cannot be loaded.
         """
         self.slots.acquire(names, idle=attachment_of(self.model).routing.calls.sweep).release()
+
+    def warm_up(self) -> int:
+        """Compiles on a CUDA device what batches of this pool can need of the kernels; without it they compile as they
+        come, about a second each. Triton keeps what is compiled on disk. Returns how many ops were run for it.
+        """
+        return ops.warm_up(one for bucket in self.slots.buckets for one in self.slots.weights(bucket).values())
 
     def names(self) -> list[str]:
         """Returns the names of all known adapters."""

@@ -1,5 +1,7 @@
 """The state of one patched server process: its settings, the loaded model's places, the adapters that it knows."""
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,7 +13,7 @@ from tgi_patch.control import ControlServer
 from tgi_patch.places import SITE, UnsupportedModel, find_places, modules_of
 from tgi_patch.prefixes import OWNER, Found, PrefixCache, num_blocks
 from tgi_patch.registry import Registry, Ticket, UnknownAdapter
-from tgi_patch.routing import TICKET, current, edit_block, prefill_rows, routed, visible, warm_route
+from tgi_patch.routing import TICKET, compile_kernels, current, edit_block, prefill_rows, routed, visible, warm_route
 from tgi_patch.settings import BASE_IDS, Settings, SettingsError, check_ids, check_prefix_caching
 
 PREFIX_ATTENTION = ("flashinfer", "flashdecoding", "flashdecoding-ipex")
@@ -138,7 +140,12 @@ class Served:
 
     @contextmanager
     def warming(self) -> Iterator[None]:
-        """For TGI's warm-up, whose prefill measures the memory that a forward needs."""
+        """For TGI's warm-up, whose prefill measures the memory of a forward. Compiles the kernels before it."""
+        if self.registry is not None:
+            began = time.monotonic()
+            if done := compile_kernels(self.registry):
+                seconds = time.monotonic() - began
+                print(f"preft: compiled the kernels by {done} ops in {seconds:.0f} s", file=sys.stderr, flush=True)
         self._warming = True
         try:
             yield

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preft_core import ops
 from preft_core.layout import Bucket, Layout, Weights
 from preft_core.lease import Lease
 from preft_core.ops import add_direft_, add_lora_
@@ -108,6 +109,12 @@ def warm_route(registry: Registry, num_rows: int) -> Route:
     segments = Segments.of_spans([Span(0, 0, num_rows)], num_rows, registry.pool.device)
     last_of_kind = {bucket.kind: bucket for bucket in sorted(registry.pool.buckets)}
     return Route(tuple((registry.pool.weights(bucket), segments) for bucket in last_of_kind.values()))
+
+
+def compile_kernels(registry: Registry) -> int:
+    """Compiles what forwards of this registry's adapters can need of the kernels; returns how many ops that took."""
+    pool = registry.pool
+    return ops.warm_up(one for bucket in pool.buckets for one in pool.weights(bucket).values())
 
 
 def add_linear(route: Route, site: str, output: Tensor, x: Tensor) -> None:

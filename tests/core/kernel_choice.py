@@ -1,22 +1,27 @@
 """Runs the ops with a stand-in for the CUDA driver, which compiles for sm_90 and launches nothing.
 
-Each launch asks Triton itself which compiled form it would take, and ends the process if ours is another one.
+Each launch asks Triton itself which compiled form it would take, and ends the process if ours is another one. Then
+batches come after a warm-up, and none may compile anything.
 """
 
 import itertools
+import random
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from preft_core.layout import Bucket, Layout, Site
 from preft_core.ops import triton as ops
+from preft_core.ops.warm import warm_up
 from preft_core.tokens import Segments
 
 
 class _Utils:
     def load_binary(self, name, kernel, shared, device):
-        return 1, 2, 32, 0, 1024
+        # module, function, registers, spills, and in later versions of Triton the most threads
+        return (1, 2, 32, 0, 1024)[: 4 if triton.__version__ < "3.4" else 5]
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
@@ -76,6 +81,44 @@ def launch(lengths, dtype, width, widths, offsets, strides=(0, 0), rank=8, edits
         ops.add_lora_(output, x, a.unflatten(1, (parts, rank, width)), b, widths, segments)
 
 
+def num_forms() -> int:
+    """Returns how many forms of the two kernels Triton has compiled in this process."""
+    kernels = (ops.shrink_kernel, ops.expand_kernel)
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+
+def count_late_forms() -> None:
+    """Ends the process if a batch compiles anything after `warm_up`."""
+    ops._SHRINK, ops._EXPAND = ops._Kernel(ops.shrink_kernel), ops._Kernel(ops.expand_kernel)
+    sites = [
+        Site("qv", "linear", ("q", "v"), 512, (96, 32)),
+        Site("same", "linear", ("q", "v"), 512, (96, 32)),
+        Site("block", "block", ("block",), 64, (64,)),
+    ]
+    weights = {}
+    for kind in ("linear", "block"):
+        layout = Layout(sites, Bucket(kind, 8))
+        weights |= layout.views(torch.zeros(4, layout.num_elements, dtype=torch.bfloat16))
+    num_runs = warm_up(weights.values(), ops)
+    # 3 sizes of tiles; the wide input cut in 2 or whole; the largest tiles also with long runs of columns
+    assert num_runs == (2 + 2 + 3) + (1 + 1 + 2), num_runs
+    before = num_forms()
+    choose = random.Random(0)
+    for _ in range(300):
+        lengths = [choose.choice([1, 7, 16, 40, 64, 200, 3000]) for _ in range(choose.choice([1, 2, 9, 60]))]
+        slots = [choose.randrange(-1, 4) for _ in lengths]
+        segments = Segments.of_lengths(slots, lengths)
+        one = weights[choose.choice(["qv", "block"])]
+        x = torch.empty(segments.num_rows, one.a.shape[-1], dtype=torch.bfloat16)
+        if one.bias is None:
+            output = torch.empty(segments.num_rows, one.b.shape[1], dtype=torch.bfloat16)
+            ops.add_lora_(output, x, one.a, one.b, one.widths, segments)
+        else:
+            ops.add_direft_(x, one.a[:, 0], one.b, one.bias, segments)
+    assert num_forms() == before, f"{num_forms() - before} forms were compiled after the warm-up"
+    print(f"{num_runs} ops warmed up")
+
+
 def main() -> None:
     driver.set_active(_Driver())
     ops._SHRINK, ops._EXPAND = _Checked(ops.shrink_kernel), _Checked(ops.expand_kernel)
@@ -96,6 +139,7 @@ def main() -> None:
     forms = [len({id(kernel) for kernel in one._compiled.values()}) for one in (ops._SHRINK, ops._EXPAND)]
     print(f"triton {triton.__version__}: {_Checked.num_found} launches, {forms} forms")
     assert min(forms) > 8
+    count_late_forms()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_core.ops import add_direft_, add_lora_, cpu, reference
+from preft_core.ops.launch import launch_for, tile_counts
 from preft_core.tokens import BASE, Segments
 
 triton = pytest.importorskip("preft_core.ops.triton", reason="triton is not installed")
@@ -274,8 +275,26 @@ def test_the_op_of_this_device_is_the_one_that_is_documented():
     assert torch.allclose(output, expected, atol=1e-5)
 
 
+@given(
+    num_tiles=st.integers(1, 5000),
+    tile_rows=st.sampled_from([16, 32, 64]),
+    width=st.integers(1, 20000),
+    width_out=st.integers(1, 60000),
+    parts=st.integers(1, 3),
+    rank=st.sampled_from([1, 8, 16, 32, 64, 128]),
+    capability=st.sampled_from([(8, 0), (9, 0), (8, 9)]),
+)
+def test_every_launch_is_one_of_those_that_are_warmed_up(
+    num_tiles, tile_rows, width, width_out, parts, rank, capability
+):
+    def launch(count):
+        return launch_for(capability, count, tile_rows, width, parts * rank, rank, width_out, 2)
+
+    assert launch(num_tiles) in {launch(count) for count in tile_counts(width_out)}
+
+
 def test_a_launch_takes_the_compiled_form_that_triton_would():
-    """A form made for aligned memory would read elsewhere, or fail, on memory that is not. Needs no GPU."""
+    """A form made for aligned memory fails on memory that is not. And none is compiled after a warm-up."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("kernel_choice.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)

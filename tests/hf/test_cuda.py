@@ -71,6 +71,14 @@ def test_left_padding():
     check(output, *c.oracle_rows(NAMES, ids, mask), ids.shape[1])
 
 
+def test_after_a_warm_up():
+    c, ids, model = crowd(), prompts(), copy.deepcopy(crowd().base).to("cuda")
+    pool = PreftPool.from_pretrained(model, crowd().paths, num_slots=4)
+    assert pool.warm_up() > 0
+    output = model.generate(input_ids=ids.to("cuda"), adapter_names=NAMES, **GREEDY)
+    check(output, *c.oracle_rows(NAMES, ids), ids.shape[1])
+
+
 def test_more_adapters_than_slots_and_nothing_kept_on_the_host():
     c, model = crowd(), pooled(num_slots=2, max_host_bytes=0)
     names = [name for name in c.paths if name != BASE]

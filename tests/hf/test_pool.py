@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from preft_core import ops
 from preft_core.adapter import AdapterConfig, AdapterError, load_adapter, save_adapter
 from preft_core.layout import Bucket
 from preft_hf import PreftConfig, PreftPool
@@ -76,6 +77,14 @@ def test_a_model_that_is_moved_away_from_its_pool():
             RuntimeError, match=r"slots .* are on cpu and the model is on meta now: move the model first"
         ):
             model(input_ids=prompt(1).to("meta"), adapter_names=[name])
+
+
+def test_a_warm_up_is_for_all_that_the_pool_holds(monkeypatch):
+    pool, given = PreftPool.from_pretrained(make_base(), crowd().paths, num_slots=2), []
+    assert pool.warm_up() == 0, "nothing is compiled on a CPU"
+    monkeypatch.setattr(ops, "warm_up", lambda weights: given.extend(weights) or len(given))
+    assert pool.warm_up() == sum(len(pool.slots.weights(bucket)) for bucket in pool.slots.buckets) > 0
+    assert {one.bias is None for one in given} == {True, False}
 
 
 def test_more_names_in_a_batch_than_slots(many):

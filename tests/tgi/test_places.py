@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import linear
 
+from preft_core import ops
 from preft_core.adapter import AdapterError, save_adapter
 from preft_core.config import AdapterConfig
 from preft_core.source import find_adapter
+from tgi_patch.engine import Served
 from tgi_patch.layers import lora_faults
 from tgi_patch.places import UnsupportedModel, find_places, fix_layer_names, modules_of, shard_adapter
 from tgi_patch.registry import AdapterTaken, Registry, UnknownAdapter
@@ -214,6 +216,20 @@ def test_warming_changes_nothing(world):
         before = output.clone()
         add_linear(route, place.whole.name, output, torch.randn(7, place.whole.in_features))
         assert torch.equal(output, before)
+
+
+def test_the_kernels_are_compiled_before_the_warm_up_for_every_kind_and_rank(world, monkeypatch, capsys):
+    pool, given = world.registry.pool, []
+    monkeypatch.setattr(ops, "warm_up", lambda weights: given.extend(weights) or 3)
+    with Served(Settings(), "model", world.registry).warming():
+        assert len(pool.buckets) > 1
+        expected = [one for bucket in pool.buckets for one in pool.weights(bucket).values()]
+        assert [one.a.data_ptr() for one in given] == [one.a.data_ptr() for one in expected]
+    assert "compiled the kernels by 3 ops" in capsys.readouterr().err
+    monkeypatch.undo()
+    # nothing is compiled without a GPU, and there is nothing to say
+    with Served(Settings(), "model", world.registry).warming(), Served(Settings(), "model", None).warming():
+        assert capsys.readouterr().err == ""
 
 
 def test_an_adapter_that_was_removed_stays_for_those_who_hold_it(world):

@@ -9,8 +9,10 @@ one batch; Triton's kernels do it on CUDA devices, `cpu` elsewhere, and `referen
 
 import functools
 import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -18,6 +20,9 @@ from torch import Tensor, is_grad_enabled
 from preft_core.ops import cpu
 from preft_core.ops.reference import direft_update, lora_update, loreft_update, orthonormal_rows
 from preft_core.tokens import Segments
+
+if TYPE_CHECKING:
+    from preft_core.layout import Weights
 
 __all__ = [
     "add_direft_",
@@ -84,6 +89,22 @@ def lora_linear(
     )
     with _own_dtypes(x_TD.device.type):
         return _implementation(x_TD.device.type).lora_linear(x_TD, weight_ND, a_SLRD, b_SNR, widths, segments)
+
+
+def warm_up(weights: "Iterable[Weights]") -> int:
+    """Compiles on a CUDA device what batches of adapters with these weights can need, before a request waits for it.
+
+    Args:
+        weights: of all sites of a pool's buckets (`SlotPool.weights`); no slot is changed
+    Returns: how many ops were run for it; 0 on other devices, where nothing is compiled.
+    """
+    found = list(weights)
+    if not found or found[0].a.device.type != "cuda" or _implementation("cuda") is cpu:
+        return 0
+    from preft_core.ops import triton
+    from preft_core.ops.warm import warm_up
+
+    return warm_up(found, triton)
 
 
 def _own_dtypes(device_type: str) -> AbstractContextManager[object]:

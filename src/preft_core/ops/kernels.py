@@ -76,14 +76,14 @@ def _place_of_block(block, width_0, width_1, width_2, NUM_PARTS: tl.constexpr, B
 
 
 @triton.jit
-def _sum_of_parts(pointers, mask, stride, SPLIT: tl.constexpr):
+def _sum_of_parts(pointers, mask, stride, split):
     total = tl.load(pointers, mask=mask, other=0.0)
-    for i in range(1, SPLIT):
+    for i in range(1, split):
         total += tl.load(pointers + i * stride, mask=mask, other=0.0)
     return total
 
 
-@triton.jit(do_not_specialize=["stride_low_part"], do_not_specialize_on_alignment=["rows_ptr", "tiles_ptr"])
+@triton.jit(do_not_specialize=["stride_low_part", "split"], do_not_specialize_on_alignment=["rows_ptr", "tiles_ptr"])
 def expand_kernel(
     output_ptr,
     low_ptr,
@@ -92,6 +92,7 @@ def expand_kernel(
     rows_ptr,
     tiles_ptr,
     stride_low_part,
+    split,
     stride_output_row,
     stride_output_column,
     stride_b_slot,
@@ -108,7 +109,6 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
     ADDS: tl.constexpr,
 ):
@@ -122,7 +122,7 @@ def expand_kernel(
     in_tile = t < count
     r = tl.arange(0, BLOCK_R)
     low_rows = low_ptr + (first + t[:, None]) * stride_low_row + part * RANK + r[None, :]
-    low = _sum_of_parts(low_rows, in_tile[:, None] & (r[None, :] < RANK), stride_low_part, SPLIT)
+    low = _sum_of_parts(low_rows, in_tile[:, None] & (r[None, :] < RANK), stride_low_part, split)
     if HAS_BIAS:
         low += tl.load(bias_ptr + slot * stride_bias_slot + r, mask=r < RANK, other=0.0).to(tl.float32)[None, :]
     if not WIDEN:

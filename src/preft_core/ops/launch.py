@@ -7,6 +7,8 @@ SHARED_MEMORY = {(8, 0): 160 << 10, (9, 0): 220 << 10, (10, 0): 220 << 10}
 """Bytes of shared memory that one program may use, by compute capability, with some left for the compiler."""
 SAFE_SHARED_MEMORY = 60 << 10
 MIN_PROGRAMS = 128
+MAX_SPLIT = 8
+BLOCKS_OUT = 4
 
 
 class Launch(NamedTuple):
@@ -60,7 +62,7 @@ def launch_for(
     """
     budget = SHARED_MEMORY.get(capability, SAFE_SHARED_MEMORY)
     split = 1
-    while num_tiles * split < MIN_PROGRAMS and split < 8 and width // (2 * split) >= 256:
+    while num_tiles * split < MIN_PROGRAMS and split < MAX_SPLIT and width // (2 * split) >= 256:
         split *= 2
     block_columns = min(power_of_two(num_columns), 128)
     # the widest steps first, then as many of them ahead as fit
@@ -71,11 +73,23 @@ def launch_for(
     widest = 256 if tile_rows <= 32 else 128
     block_out = next(size for size in (256, 128, 64, 32) if size <= widest and size * per_column <= budget)
     # a long run of columns a program, loaded ahead, where enough programs are left; short tiles do better without
-    blocks_out = 4 if tile_rows > 32 and num_tiles * width_out >= 8 * block_out * MIN_PROGRAMS else 1
+    blocks_out = BLOCKS_OUT if tile_rows > 32 and num_tiles * width_out >= _wide(block_out) else 1
     spare = budget - tile_rows * power_of_two(rank) * bytes_per_number
     out_stages = max(1, min(3, spare // (block_out * per_column))) if blocks_out > 1 else 1
     num_warps = 8 if tile_rows > 32 else 4
     return Launch(split, block_in, block_columns, block_out, blocks_out, num_warps, num_stages, out_stages)
+
+
+def tile_counts(width_out: int) -> list[int]:
+    """Returns the numbers of tiles from which on `launch_for` may give another configuration, 1 first."""
+    splits = [2**i for i in range(MAX_SPLIT.bit_length())]
+    found = {1, *(MIN_PROGRAMS // split for split in splits if split < MAX_SPLIT)}
+    return sorted(found | {-(-_wide(block) // width_out) for block in (32, 64, 128)})
+
+
+def _wide(block_out: int) -> int:
+    """Returns the tiles times columns from which on a program takes several steps of the expand."""
+    return 2 * BLOCKS_OUT * block_out * MIN_PROGRAMS
 
 
 def power_of_two(count: int) -> int:

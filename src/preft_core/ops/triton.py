@@ -52,7 +52,7 @@ def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor
     if segments.tiles.shape[0] == 0:
         return
     with _on(hidden_TD.device):
-        launch = _launch(hidden_TD, 1, b_SDR, segments)
+        launch = launch_of(hidden_TD, 1, b_SDR, segments.tiles.shape[0], segments.tile_rows)
         low = _shrink(hidden_TD, a_SRD, b_SDR.shape[2], segments, launch)
         _expand(hidden_TD, low, b_SDR, bias_SR, (hidden_TD.shape[1],), segments, launch, adds=True)
 
@@ -65,7 +65,7 @@ def _lora(
     if segments.tiles.shape[0] == 0:
         return
     with _on(x.device):
-        launch = _launch(x, len(widths), b, segments)
+        launch = launch_of(x, len(widths), b, segments.tiles.shape[0], segments.tile_rows)
         low = _shrink(x, a, len(widths) * b.shape[2], segments, launch)
         _expand(output, low, b, None, widths, segments, launch, adds)
 
@@ -80,15 +80,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _launch(x_TD: Tensor, num_parts: int, b_SNR: Tensor, segments: Segments) -> Launch:
-    rank = b_SNR.shape[2]
+def launch_of(x_TD: Tensor, num_parts: int, b_SNR: Tensor, num_tiles: int, tile_rows: int) -> Launch:
+    """Returns how an op is launched on so many tiles: x's dtype, device and width count, and the shape of b."""
+    rank, width = b_SNR.shape[2], x_TD.shape[1]
     bytes_per_number = 4 if _widens(x_TD) else x_TD.element_size()
-    num_tiles = segments.tiles.shape[0]
     return launch_for(
         _capability(x_TD.device),
         num_tiles,
-        segments.tile_rows,
-        x_TD.shape[1],
+        tile_rows,
+        width,
         num_parts * rank,
         rank,
         b_SNR.shape[1],
@@ -196,7 +196,6 @@ def _expand(
         launch.block_out,
         launch.blocks_out,
         launch.out_stages,
-        launch.split,
         _widens(output_TN),
         adds,
     )
@@ -205,7 +204,18 @@ def _expand(
     _EXPAND(
         (output_TN.device, output_TN.dtype, aligned, numbers, constants),
         (sum(-(-width // span) for width in widths), segments.tiles.shape[0], 1),
-        (output_TN, low, b_SNR, bias, segments.rows, segments.tiles, low.stride(0), *numbers, *constants),
+        (
+            output_TN,
+            low,
+            b_SNR,
+            bias,
+            segments.rows,
+            segments.tiles,
+            low.stride(0),
+            launch.split,
+            *numbers,
+            *constants,
+        ),
         launch.num_warps,
         1,
     )
