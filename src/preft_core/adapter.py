@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from preft_core.config import (
@@ -206,8 +206,9 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
     config = read_config(directory)
     check_header(config, read_header(weights))
     try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
+        # load_file would map the file, and whoever writes into it later would change a loaded adapter
+        tensors = load(weights.read_bytes())
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"{weights} cannot be read: {error}; download it again") from error
     if check_values:
         _check_values(config, tensors)

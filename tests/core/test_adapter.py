@@ -268,6 +268,15 @@ def test_tampering_is_found(tmp_path):
         load_adapter(tmp_path)
 
 
+def test_a_loaded_adapter_stays_when_its_file_is_written_over(tmp_path):
+    save_adapter(tmp_path, config_of(), tensors_of())
+    adapter = load_adapter(tmp_path)
+    size = (tmp_path / WEIGHTS_NAME).stat().st_size
+    # as `cp` does: the same file, cut to nothing and filled again
+    (tmp_path / WEIGHTS_NAME).write_bytes(bytes(size))
+    assert fingerprint(adapter.config, adapter.tensors) == adapter.fingerprint
+
+
 def test_a_pickle_is_refused(tmp_path):
     save_adapter(tmp_path, config_of(), tensors_of())
     (tmp_path / WEIGHTS_NAME).rename(tmp_path / "adapter_model.bin")
