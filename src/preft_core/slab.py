@@ -114,7 +114,8 @@ class HostCopies:
         return row
 
     def put(self, entry: Entry, row: Tensor) -> None:
-        """Keeps a row that is not kept yet, unless it alone is larger than max_bytes."""
+        """Keeps a row, in place of the one that another thread has read since, unless it is larger than max_bytes."""
+        self.drop(entry)
         if row.nbytes > self.max_bytes:
             return
         self._rows[entry] = row

@@ -314,6 +314,24 @@ def test_one_load_serves_all_who_wait_for_it():
     assert pool.resident() == {"one": 0}
 
 
+def test_two_reads_of_one_adapter_at_once_count_its_copy_once():
+    adapter, both = make_adapter(1), threading.Barrier(2)
+
+    def source():
+        both.wait(30)
+        return adapter
+
+    pool = make_pool({LINEAR_8: 1})
+    pool.add("one", adapter.config, source)
+    reader = threading.Thread(target=pool.packed, args=("one",))
+    reader.start()
+    pool.acquire(["one"]).release()
+    reader.join(30)
+    assert pool.host_bytes == pool.packed("one").nbytes
+    pool.remove("one")
+    assert pool.host_bytes == 0
+
+
 def test_a_failed_load_leaves_nothing_pinned_and_may_be_tried_again():
     good, bad = make_adapter(1), make_adapter(2)
     answers: list[object] = [AdapterError("broken"), OSError("no such file"), KeyboardInterrupt(), bad]
