@@ -264,12 +264,13 @@ class SlotPool:
                 self._counters.host_hits += 1
                 return row
         adapter = entry.source()
-        if bucket_of(adapter.config) != entry.bucket or entry.fingerprint not in (None, adapter.fingerprint):
-            raise ValueError(
-                f"adapter {entry.name!r} has changed since it was added, from {entry.bucket}, {entry.fingerprint} to "
-                f"{bucket_of(adapter.config)}, {adapter.fingerprint}: remove it and add it again"
-            )
-        entry.fingerprint = adapter.fingerprint
+        with self._changed:
+            if bucket_of(adapter.config) != entry.bucket or entry.fingerprint not in (None, adapter.fingerprint):
+                raise ValueError(
+                    f"adapter {entry.name!r} has changed since it was added, from {entry.bucket}, {entry.fingerprint} "
+                    f"to {bucket_of(adapter.config)}, {adapter.fingerprint}: remove it and add it again"
+                )
+            entry.fingerprint = adapter.fingerprint
         row = self._slabs[entry.bucket].layout.pack(adapter, self.dtype)
         row = row.pin_memory() if self.device.type == "cuda" else row
         with self._changed:

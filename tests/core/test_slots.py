@@ -332,6 +332,41 @@ def test_two_reads_of_one_adapter_at_once_count_its_copy_once():
     assert pool.host_bytes == 0
 
 
+class Slow:
+    """An adapter whose fingerprint another thread reads at the same time, if it can."""
+
+    def __init__(self, adapter: Adapter, both: threading.Barrier):
+        self.config, self.modules, self._mark, self._both = adapter.config, adapter.modules, adapter.fingerprint, both
+
+    @property
+    def fingerprint(self) -> str:
+        with suppress(threading.BrokenBarrierError):
+            self._both.wait(0.2)
+        return self._mark
+
+
+def test_two_reads_of_one_adapter_at_once_have_one_content():
+    begun, both, answers = threading.Barrier(2), threading.Barrier(2), [make_adapter(1), make_adapter(2)]
+    pool, found = make_pool({LINEAR_8: 1}), []
+
+    def source() -> Slow:
+        begun.wait(30)
+        return Slow(answers.pop(), both)
+
+    pool.add("one", answers[0].config, source)
+
+    def read() -> None:
+        with suppress(ValueError):
+            found.append(pool.packed("one"))
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 1, "the other one is an error: its fingerprint is not the first one's"
+
+
 def test_a_failed_load_leaves_nothing_pinned_and_may_be_tried_again():
     good, bad = make_adapter(1), make_adapter(2)
     answers: list[object] = [AdapterError("broken"), OSError("no such file"), KeyboardInterrupt(), bad]
