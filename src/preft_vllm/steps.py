@@ -82,7 +82,8 @@ def make_lora_inputs_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         prefill = prefill_rows(scheduled, self.num_computed_tokens_cpu[:n], self.num_prompt_tokens[:n])
         tokens = token_ids(mapping, only, scheduled, prefill)
         sampled = sampled_ids(mapping, only, scheduled, prefill, np.asarray(num_sampled_tokens)[:n])
-        active = {requests[number] for number in set(tokens.tolist()) if number}
+        # no set: requests of one name are equal there, and a name may stand for two contents while one is replaced
+        active = [requests[number] for number in sorted(set(tokens.tolist())) if number]
         setattr(self, ACTIVE, len(active))
         return tuple(sampled.tolist()), tuple(tokens.tolist()), active
 
@@ -128,15 +129,20 @@ def active_loras_v2(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def active(self: Any, req_ids: Any) -> Any:
-        prefilling = []
-        for req_id in req_ids:
-            if stamp_of(self.lora_requests.get(req_id)) is not None:
+        requests = {req_id: self.lora_requests[req_id] for req_id in req_ids if req_id in self.lora_requests}
+        stamped = {req_id for req_id, request in requests.items() if stamp_of(request) is not None}
+        if not stamped:
+            return original(self, req_ids)
+        found = {}
+        for req_id, request in requests.items():
+            if req_id in stamped:
                 states = _states(self)
                 index = states.req_id_to_index[req_id]
                 if states.num_computed_tokens_np[index] >= states.prompt_len.np[index]:
                     continue
-            prefilling.append(req_id)
-        return original(self, prefilling)
+            # by id: in a set requests of one name are equal
+            found[request.lora_int_id] = request
+        return list(found.values())
 
     return active
 

@@ -105,6 +105,17 @@ def test_two_slots_serve_six_adapters_that_decode_at_once():
     assert found["peak"] == 6
 
 
+def test_a_name_whose_content_is_replaced_stands_for_both_until_the_first_has_ended():
+    world = make_world("llama")
+    old, new = world.request(some_ids(9, 110), "wide"), world.request(some_ids(10, 111), "few")
+    for request in (old, new):
+        request["adapter"][0] = "tone"
+    others = [world.request(some_ids(9, 112), name) for name in ("edit", "stable")]
+    # the others have the two slots when both are asked again, so both have to be loaded in one step
+    waves = [[old, new], others, [old, new]]
+    check(world, waves, run(world, waves, max_loras=2, max_cpu_loras=8))
+
+
 def test_speculation_verifies_with_the_base_model():
     world = make_world("llama")
     waves = [crowd_wave(world, [20, 12, 25, 30, 17, 22, 9, 14], new=40, seed=120)]

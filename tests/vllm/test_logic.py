@@ -24,6 +24,12 @@ class Request:
         self.lora_name, self.lora_int_id, self.lora_path = name, number, str(path)
         self.load_inplace = False
 
+    def __eq__(self, other):
+        return isinstance(other, Request) and self.lora_name == other.lora_name
+
+    def __hash__(self):
+        return hash(self.lora_name)
+
 
 MARK = Stamp("sha256:" + "ab" * 32, "acme/tone@" + "c" * 40)
 STAMPED = Request("tone", 3, MARK.path)
@@ -67,7 +73,7 @@ def v1_batch(computed):
 def test_the_v1_batch_of_a_decode_step_needs_only_the_all_token_lora():
     inputs = steps.make_lora_inputs_v1(lambda *_: pytest.fail("vLLM's own rule"))
     batch = v1_batch(computed=6)
-    assert inputs(batch, np.array([1, 1, 1]), np.array([1, 1, 1])) == ((0, 4, 0), (0, 4, 0), {LORA})
+    assert inputs(batch, np.array([1, 1, 1]), np.array([1, 1, 1])) == ((0, 4, 0), (0, 4, 0), [LORA])
     assert getattr(batch, steps.ACTIVE) == 1
     batch = v1_batch(computed=4)
     assert inputs(batch, np.array([3, 1, 1]), np.array([1, 1, 1]))[:2] == ((0, 4, 0), (3, 3, 0, 4, 0))
@@ -94,9 +100,7 @@ def test_a_v1_decode_step_takes_the_graph_without_lora(separate, given, expected
 def v2_state(computed):
     class State:
         make_lora_inputs = steps.make_lora_inputs_v2(lambda *_: "stock")
-        get_activate_loras = steps.active_loras_v2(
-            lambda self, ids: {self.lora_requests[i] for i in ids if i in self.lora_requests}
-        )
+        get_activate_loras = steps.active_loras_v2(lambda *_: pytest.fail("vLLM's own set"))
 
     state = State()
     state.lora_requests, state.lora_ids = {"a": STAMPED, "b": LORA}, np.array([0, 3, 4, 0])
@@ -114,9 +118,22 @@ def v2_state(computed):
 def test_the_v2_runner_goes_by_the_prompts_length_and_not_by_what_it_prefills():
     ids, index = ["a", "b", "c"], np.array([1, 2, 3])
     prompt, tokens, active = v2_state(4).make_lora_inputs(ids, index, np.array([4, 1, 1]))
-    assert (prompt, tokens, active) == ((0, 4, 0), (3, 3, 0, 0, 4, 0), {STAMPED, LORA})
-    assert v2_state(6).get_activate_loras(ids) == {LORA}
+    assert (prompt, tokens, active) == ((0, 4, 0), (3, 3, 0, 0, 4, 0), [STAMPED, LORA])
+    assert v2_state(6).get_activate_loras(ids) == [LORA]
     assert v2_state(6).make_lora_inputs(["b", "c"], index[1:], np.array([1, 1])) == "stock"
+
+
+def test_a_name_that_comes_to_stand_for_other_content_is_two_adapters_of_a_step():
+    newer = Request(STAMPED.lora_name, 4, Stamp("sha256:" + "cd" * 32, "acme/tone@" + "d" * 40).path)
+    batch = v1_batch(computed=4)
+    batch.lora_id_to_lora_request[4] = newer
+    inputs = steps.make_lora_inputs_v1(lambda *_: pytest.fail("vLLM's own rule"))
+    active = inputs(batch, np.array([2, 1, 1]), np.array([1, 1, 1]))[2]
+    assert [request.lora_int_id for request in active] == [3, 4]
+    assert getattr(batch, steps.ACTIVE) == 2
+    state = v2_state(4)
+    state.lora_requests["b"] = newer
+    assert [request.lora_int_id for request in state.get_activate_loras(["a", "b", "c"])] == [3, 4]
 
 
 def test_a_v2_runner_whose_states_are_not_known_is_an_error():
