@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # pyright: ignore[reportMissingImports]
 
 from preft_core.ops import add_lora_
-from preft_core.tokens import Segments
+from preft_core.tokens import BASE, Segments
 
 
 def segments_of(index: Tensor) -> Segments:
@@ -98,7 +98,25 @@ class GroupedPunicaCPU(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        _add(y, x, lora_a_stacked, lora_b_stacked, scale, self.sampled)
+        _add(y, x, lora_a_stacked, lora_b_stacked, scale, self._rows_of_logits(x.shape[0], lora_b_stacked))
+
+    def _rows_of_logits(self, num_rows: int, b: Tensor) -> Segments:
+        """Returns the segments of the rows that logits are computed of: the sampled ones, or some of one prompt.
+
+        For prompt_logprobs vLLM gives rows of one request and does not say which. It matters to LoRA of lm_head alone,
+        which prefill-only adapters never have.
+        """
+        if num_rows == self.sampled.num_rows:
+            return self.sampled
+        slots = set(self.sampler_indices.tolist())
+        if len(slots) == 1:
+            return Segments.of_lengths([slots.pop()], [num_rows])
+        if any(b[slot].any() for slot in slots - {BASE}):
+            raise ValueError(
+                "prompt_logprobs beside requests with other adapters, one of which is a LoRA of lm_head: whose rows "
+                "these are is not known here; ask for them one at a time, or serve a LoRA without lm_head"
+            )
+        return Segments.of_lengths([BASE], [num_rows])
 
     def _expand(self, y: Tensor, x: Tensor, b: Tensor, add_inputs: bool) -> None:
         for group in self.segments.groups:

@@ -4,7 +4,7 @@ For each line of its input, a folder, it forks a process that reads job.json the
 then it prints the exit status. So vLLM is imported once, which takes longer than an engine of a tiny model. A job:
 
     {"model": dir, "engine": {...}, "break": null, "waves": [[{"ids": [...], "adapter": [name, number, path] or null,
-     "new": 6}, ...], ...]}
+     "new": 6, "params": {more SamplingParams}}, ...], ...]}
 
 The engine is the real one, in this process; our entry point has to be found by vLLM itself.
 """
@@ -63,6 +63,15 @@ def watch_schedules(swap: list[str]) -> list[int]:
 
     Scheduler.schedule = counting
     return counts
+
+
+def answer_of(output) -> dict:
+    answer = {"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens}
+    scores = output.prompt_logprobs
+    if scores is not None:
+        # nothing comes before the first token
+        answer["scores"] = [found[i].logprob for i, found in zip(output.prompt_token_ids[1:], scores[1:], strict=True)]
+    return answer
 
 
 def has_plugin(worker) -> bool:
@@ -164,7 +173,8 @@ def run(job: dict) -> dict:
             # as another API server would, which counts ids from the start
             vars(llm.llm_engine.input_processor).pop(DIRECTORY, None)
         requests = [r["adapter"] and LoRARequest(*r["adapter"]) for r in wave]
-        params = [SamplingParams(temperature=0, max_tokens=r["new"], ignore_eos=True, detokenize=False) for r in wave]
+        fixed = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        params = [SamplingParams(max_tokens=r["new"], **fixed, **r.get("params", {})) for r in wave]
         prompts = [{"prompt_token_ids": r["ids"]} for r in wave]
         try:
             outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
@@ -174,7 +184,7 @@ def run(job: dict) -> dict:
             waves.append(None)
             errors.append(str(error))
             continue
-        waves.append([{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs])
+        waves.append([answer_of(output) for output in outputs])
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     # each worker says whether it has our steps in place of vLLM's
     workers = llm.collective_rpc(has_plugin)

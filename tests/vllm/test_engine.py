@@ -9,6 +9,7 @@ from benchmarks import vllm_engine
 
 from preft_core.transform import to_lora
 
+from ..hf.crowd import BASE
 from ..hf.oracle import two_phase_greedy
 from ..hf.zoo import make_base, make_preft
 from ..tgi.world import some_ids
@@ -123,6 +124,22 @@ def test_speculation_verifies_with_the_base_model():
     found = run(world, waves, speculative_config=speculation)
     check(world, waves, found)
     assert found["counters"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+def test_logprobs_of_prompts_beside_other_adapters():
+    world = make_world("llama")
+    wave = crowd_wave(world, [2, 12, 40, 30, 17, 3, 9, 14], seed=130)
+    for request in wave[::2] + wave[5:6]:
+        request["params"] = {"prompt_logprobs": 0}
+    found = run(world, [wave], **MIXED)
+    check(world, [wave], found)
+    for request, answer in zip(wave, found["waves"][0], strict=True):
+        assert ("scores" in answer) == ("params" in request)
+        if "scores" in answer:
+            ids = torch.tensor(request["ids"])
+            logits = world.crowd.adapted[request["name"] or BASE](ids[None]).logits[0, :-1]
+            expected = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(answer["scores"]), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_asynchronous_scheduling():
