@@ -49,7 +49,7 @@ def stamp_of(lora_request: Any) -> Stamp | None:
 
 
 class Directory:
-    """What one front process knows of adapters: each place once, and which adapter an integer id stands for.
+    """What one front process knows of adapters: what each place had for each id, and for what an id stands.
 
     Args:
         base_models: names of the served model that an adapter may have been trained on; none accepts all
@@ -57,7 +57,8 @@ class Directory:
 
     def __init__(self, base_models: Iterable[str] = ()):
         self._base_models = tuple(base_models)
-        self._seen: dict[str, tuple[object, Stamp | None]] = {}
+        # (id, place) -> signature, stamp. An id keeps the commit that it was loaded at when another id looks again
+        self._seen: dict[tuple[int, str], tuple[object, Stamp | None]] = {}
         self._ids: dict[int, str] = {}
         self._loaded: set[tuple[int, str]] = set()
         # adapters are looked up in threads of the server
@@ -80,10 +81,13 @@ class Directory:
                 f"lora_path is {lora_request.lora_path!r}: give a directory or org/name[@revision]; {PREFIX} is what "
                 "the plugin writes for itself"
             )
-        number = lora_request.lora_int_id
-        stamp = self._find(lora_request.lora_path, fresh or lora_request.load_inplace)
+        number, place = lora_request.lora_int_id, _place(lora_request.lora_path)
+        seen = self._find(number, place, fresh or lora_request.load_inplace)
+        stamp = None if seen is None else seen[1]
         path = lora_request.lora_path if stamp is None else stamp.path
-        self._keep(number, path, stamp is not None or _place(lora_request.lora_path) in self._seen)
+        self._keep(number, path, seen is not None)
+        if seen is not None:
+            self._seen[number, place] = seen
         if stamp is None:
             return lora_request
         changed = copy.copy(lora_request)
@@ -123,17 +127,14 @@ class Directory:
             if known:
                 self._ids[number] = path
 
-    def _find(self, path: str, fresh: bool) -> Stamp | None:
-        place = _place(path)
+    def _find(self, number: int, place: str, fresh: bool) -> tuple[object, Stamp | None] | None:
+        """Returns the signature and the stamp of a place; None, which is not kept, if its config cannot be read."""
         signature = _signature(place)
-        known = self._seen.get(place)
-        if known is None or known[0] != signature or (fresh and signature is None):
-            peft_type = _peft_type(place)
-            known = signature, self._read(place) if peft_type == "PREFT" else None
-            if peft_type is not None:
-                # what could not be read is asked for again
-                self._seen[place] = known
-        return known[1]
+        known = self._seen.get((number, place))
+        if known is not None and known[0] == signature and not (fresh and signature is None):
+            return known
+        peft_type = _peft_type(place)
+        return None if peft_type is None else (signature, self._read(place) if peft_type == "PREFT" else None)
 
     def _read(self, place: str) -> Stamp:
         source = find_adapter(place)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preft_core.tokens import prefill_span
-from preft_vllm import front, steps
+from preft_vllm import front, stamp, steps
 from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
 from preft_vllm.stamp import Directory, Stamp, stamp_of
 
@@ -219,6 +219,28 @@ def test_an_id_stands_for_one_content(saved, tmp_path):
     with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
         directory.stamped(Request("plain", 1, "some/lora"))
     assert stamp_of(directory.stamped(Request("moving", 2, place))) is not None
+
+
+def test_an_id_keeps_its_commit_when_the_repository_is_looked_up_again(monkeypatch):
+    commits = ["a" * 40]
+
+    def find(place):
+        adapter = SimpleNamespace(fingerprint=f"sha256:{commits[-1]}")
+        config = SimpleNamespace(base_model_name_or_path=None)
+        return SimpleNamespace(config=config, location=f"{place}@{commits[-1]}", load=lambda: adapter)
+
+    monkeypatch.setattr(stamp, "find_adapter", find)
+    monkeypatch.setattr(stamp, "_peft_type", lambda place: "PREFT")
+    directory, first = Directory(), Request("tone", 1, "acme/tone")
+    before = directory.stamped(first, fresh=True).lora_path
+    commits.append("b" * 40)
+    again = Request("tone", 1, "acme/tone")
+    again.load_inplace = True
+    with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
+        directory.stamped(again, fresh=True)
+    assert directory.stamped(first).lora_path == before
+    assert directory.stamped(Request("newer", 2, "acme/tone"), fresh=True).lora_path != before
+    assert directory.stamped(first).lora_path == before
 
 
 def test_what_cannot_be_served_is_refused_where_requests_come_in(saved, tmp_path):
