@@ -73,7 +73,9 @@ def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def unloaded(engine: Any, lora_request: Any) -> Any:
         directory = directory_of(engine.input_processor)
         stamped = directory.stamped(lora_request)
-        return None if stamp_of(stamped) is None or directory.is_loaded(stamped) else stamped
+        # an all-token LoRA is left to vLLM, but not a place of which nothing could be read: a typing error, or no Hub
+        own = stamp_of(stamped) is not None or not directory.is_read(lora_request)
+        return None if directory.is_loaded(stamped) or not own else stamped
 
     @functools.wraps(original)
     async def added_aside(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +88,8 @@ def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def added(self: Any, *args: Any, **kwargs: Any) -> Any:
-        new = unloaded(self, _fifth(args, kwargs))
+        lora_request = _fifth(args, kwargs)
+        new = None if lora_request is None else unloaded(self, lora_request)
         if new is not None:
             with _loading(self, new):
                 self.engine_core.add_lora(new)

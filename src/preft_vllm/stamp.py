@@ -100,6 +100,10 @@ class Directory:
             return False
         return stamp_of(lora_request) is not None or _peft_type(_place(lora_request.lora_path)) == "PREFT"
 
+    def is_read(self, lora_request: Any) -> bool:
+        """Returns whether `stamped` found a config where a request's adapter is, of whatever type."""
+        return (lora_request.lora_int_id, _place(lora_request.lora_path)) in self._seen
+
     def loaded(self, stamped: Any) -> None:
         """Notes that the engine has loaded a stamped request's adapter."""
         self._loaded.add((stamped.lora_int_id, stamped.lora_path))

@@ -163,9 +163,12 @@ def test_bad_adapters_are_refused_before_they_reach_the_engine(tmp_path):
     shutil.copytree(world.crowd.paths["few"], torn)
     (torn / "adapter_model.safetensors").write_bytes(b"no weights")
     reused = good | {"adapter": ["other", good["adapter"][1], str(world.crowd.paths["few"])]}
-    waves = [[good], [reused], [good | {"adapter": ["torn", 30, str(torn)]}], [good]]
+    nowhere = good | {"adapter": ["nowhere", 31, str(tmp_path / "nowhere")]}
+    waves = [[good], [reused], [good | {"adapter": ["torn", 30, str(torn)]}], [nowhere], [good]]
     found = run(world, waves, errors=True)
-    check(world, [waves[0], waves[3]], {"waves": [found["waves"][0], found["waves"][3]]})
+    check(world, [waves[0], waves[4]], {"waves": [found["waves"][0], found["waves"][4]]})
+    assert found["waves"][3] is None
+    assert "No adapter found" in found["errors"][2]
     assert found["waves"][1] is None
     assert "lora_int_id" in found["errors"][0]
     assert found["waves"][2] is None

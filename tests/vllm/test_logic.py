@@ -325,7 +325,16 @@ def test_an_adapter_is_loaded_when_first_named_and_a_failure_frees_its_id(aside,
     with pytest.raises(RuntimeError):
         ask(lora_request=Request("one", 1, tmp_path / "one"))
     two = Request("two", 1, tmp_path / "two")
-    assert [ask(lora_request=two), ask(None, two), ask(), ask(lora_request=LORA)] == ["taken"] * 4
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    plain = Request("plain", 4, tmp_path / "plain")
+    assert [ask(lora_request=two), ask(None, two), ask(), ask(lora_request=plain)] == ["taken"] * 4
     assert len(loads) == 2
+    # of what nothing can be read vLLM's own loading says what is wrong, before a step
+    nowhere = Request("nowhere", 5, tmp_path / "nowhere")
+    fails.append("no adapter there")
+    with pytest.raises(RuntimeError, match="no adapter there"):
+        ask(lora_request=nowhere)
+    assert loads[2:] == [nowhere.lora_path]
     with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
         ask(lora_request=Request("one", 1, tmp_path / "one"))
