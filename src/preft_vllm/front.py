@@ -80,7 +80,10 @@ def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     async def added_aside(self: Any, *args: Any, **kwargs: Any) -> Any:
         lora_request = _fifth(args, kwargs)
-        new = None if lora_request is None else await asyncio.to_thread(unloaded, self, lora_request)
+        try:
+            new = None if lora_request is None else await asyncio.to_thread(unloaded, self, lora_request)
+        except ValueError as error:
+            raise _refusal(error) from error
         if new is not None:
             with _loading(self, new):
                 await self.engine_core.add_lora_async(new)
@@ -123,6 +126,13 @@ def directory_of(input_processor: Any) -> Directory:
         found = Directory(base_models(input_processor.vllm_config.model_config.model))
         setattr(input_processor, DIRECTORY, found)
     return found
+
+
+def _refusal(error: ValueError) -> Exception:
+    """Returns an error that vLLM's server answers with 400 and its message; of another one it answers an empty 500."""
+    from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
+
+    return VLLMValidationError(str(error))
 
 
 def _fifth(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

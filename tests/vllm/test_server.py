@@ -1,5 +1,6 @@
 """vLLM's OpenAI server with the plugin: several processes, adapters loaded and unloaded while it serves."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,7 +26,8 @@ def test_the_server_loads_serves_and_unloads_adapters(tmp_path):
     world = make_world("llama")
     paths = world.crowd.paths
     make_preft(make_base("llama"), "lora").save_pretrained(tmp_path / "small")
-    with server(world, "--lora-modules", f"wide={paths['wide']}", f"edit={paths['edit']}") as client:
+    edit = shutil.copytree(paths["edit"], tmp_path / "edit")
+    with server(world, "--lora-modules", f"wide={paths['wide']}", f"edit={edit}") as client:
         load = lambda name, path: client.post(  # noqa: E731
             "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}
         )
@@ -57,3 +59,10 @@ def test_the_server_loads_serves_and_unloads_adapters(tmp_path):
         assert load("few", paths["stable"]).status_code == 200
         assert tokens(ask(client, "few", long)) == world.expected("stable", long, 8)
         assert tokens(ask(client, "base", long)) == world.expected(None, long, 8)
+
+        # content that changes where it is served from
+        shutil.copytree(paths["stable"], edit, dirs_exist_ok=True)
+        answer = ask(client, "edit", ids)
+        assert answer.status_code == 400
+        assert "stands for" in answer.text
+        assert tokens(ask(client, "wide", ids)) == world.expected("wide", ids, 8)
