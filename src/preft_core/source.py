@@ -46,11 +46,14 @@ class AdapterSource:
     Attributes:
         location: a directory, or "org/name@commit"
         options: token, cache_dir, local_files_only for the Hub; not in repr, which goes into logs
+        directory: absolute, None on the Hub: what was found as a directory is never asked for on the Hub when it is
+            gone, where "adapters/tone" may be a stranger's
     """
 
     location: str
     config: AdapterConfig
     options: dict[str, Any] = field(repr=False)
+    directory: Path | None = None
 
     def fetch(self) -> Path:
         """Returns the directory of the adapter's files; downloads the weights if they are on the Hub and in no cache.
@@ -58,10 +61,10 @@ class AdapterSource:
         Raises:
             AdapterError: they cannot be had, or have more bytes than is read; HubError where another time may help.
         """
-        repository = hub_id(self.location)
-        if repository is None:
-            return Path(self.location)
-        return _download(*repository, WEIGHTS_NAME, MAX_FILE_BYTES, self.options).parent
+        if self.directory is not None:
+            return self.directory
+        name, _, commit = self.location.partition("@")
+        return _download(name, commit, WEIGHTS_NAME, MAX_FILE_BYTES, self.options).parent
 
     def load(self) -> Adapter:
         """Returns the adapter, checked; downloads its weights first if they are on the Hub and in no cache.
@@ -77,10 +80,9 @@ class AdapterSource:
         Raises:
             AdapterError: it cannot be had, or the format does not allow it.
         """
-        repository = hub_id(self.location)
-        if repository is None:
+        if self.directory is not None:
             raise ValueError(f"{self.location} is a directory: use read_header")
-        name, commit = repository
+        name, _, commit = self.location.partition("@")
         with hub_errors(WEIGHTS_NAME, name, commit):
             url = hf_hub_url(name, WEIGHTS_NAME, revision=commit)
             api = HfApi(token=self.options.get("token"))
@@ -109,7 +111,7 @@ def find_adapter(location: str | os.PathLike[str], **options: Any) -> AdapterSou
                 f"{location!r} is no directory, and no Hub id of the form org/name or org/name@revision: give one of "
                 "them"
             )
-        return AdapterSource(location, read_config(Path(location)), options)
+        return AdapterSource(location, read_config(Path(location)), options, Path(location).absolute())
     name, revision = repository
     config = _download(name, revision, CONFIG_NAME, MAX_CONFIG_BYTES, options)
     # The cache keeps the files of a commit in a directory of its name.

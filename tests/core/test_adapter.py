@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import stat
 import struct
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from preft_core import source
 from preft_core.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -275,6 +277,20 @@ def test_a_loaded_adapter_stays_when_its_file_is_written_over(tmp_path):
     # as `cp` does: the same file, cut to nothing and filled again
     (tmp_path / WEIGHTS_NAME).write_bytes(bytes(size))
     assert fingerprint(adapter.config, adapter.tensors) == adapter.fingerprint
+
+
+def test_a_directory_that_is_gone_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(source, "_download", lambda *_: pytest.fail("adapters/tone is a stranger's on the Hub"))
+    mark = save_adapter("adapters/tone", config_of(), tensors_of())
+    found = source.find_adapter("adapters/tone")
+    assert found.location == "adapters/tone"
+    # a served adapter is loaded when it is used, wherever the process is then
+    monkeypatch.chdir(tmp_path / "adapters")
+    assert found.load().fingerprint == mark
+    shutil.rmtree("tone")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        found.load()
 
 
 def test_a_pickle_is_refused(tmp_path):
