@@ -275,6 +275,19 @@ def test_the_op_of_this_device_is_the_one_that_is_documented():
     assert torch.allclose(output, expected, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_more_tiles_than_a_second_dimension_of_a_grid_holds():
+    count = 70_000
+    rows = torch.arange(count, dtype=torch.int32)
+    tiles = torch.stack([rows, torch.ones_like(rows), rows % 2], dim=1).to(DEVICE)
+    segments = Segments(count, rows.to(DEVICE), tiles, 16, None)
+    x, a, b = (random(shape, torch.float32, 1) for shape in ((count, 32), (2, 1, 8, 32), (2, 16, 8)))
+    output = torch.zeros(count, 16, device=DEVICE)
+    triton.add_lora_(output, x, a, b, (16,), segments)
+    for slot in (0, 1):
+        assert_close(output[slot::2], x[slot::2].double() @ a[slot, 0].double().T @ b[slot].double().T, scale=60)
+
+
 @given(
     num_tiles=st.integers(1, 5000),
     tile_rows=st.sampled_from([16, 32, 64]),

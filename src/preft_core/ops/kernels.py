@@ -113,11 +113,12 @@ def expand_kernel(
     ADDS: tl.constexpr,
 ):
     # neighbours in the grid work on neighbouring columns, so that rows are read and written in long runs
-    first, count, slot = _tile(tiles_ptr + tl.program_id(1) * 3)
+    span = NUM_BLOCKS * BLOCK_N
+    spans = tl.cdiv(width_0, span) + tl.cdiv(width_1, span) + tl.cdiv(width_2, span)
+    first, count, slot = _tile(tiles_ptr + tl.program_id(0) // spans * 3)
     if count == 0:
         return
-    span = NUM_BLOCKS * BLOCK_N
-    part, begin, width, place = _place_of_block(tl.program_id(0), width_0, width_1, width_2, NUM_PARTS, span)
+    part, begin, width, place = _place_of_block(tl.program_id(0) % spans, width_0, width_1, width_2, NUM_PARTS, span)
     t = tl.arange(0, TILE_ROWS)
     in_tile = t < count
     r = tl.arange(0, BLOCK_R)

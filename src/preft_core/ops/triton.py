@@ -122,6 +122,7 @@ class _Kernel:
                 and every constant
             arguments: all of the function's, constants among them
         """
+        key = key, num_warps, num_stages
         kernel = self._compiled.get(key)
         if kernel is not None:
             kernel[grid](*arguments)
@@ -203,7 +204,8 @@ def _expand(
     aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in (output_TN, b_SNR, bias))
     _EXPAND(
         (output_TN.device, output_TN.dtype, aligned, numbers, constants),
-        (sum(-(-width // span) for width in widths), segments.tiles.shape[0], 1),
+        # one dimension: the others hold no more than 65535
+        (sum(-(-width // span) for width in widths) * segments.tiles.shape[0], 1, 1),
         (
             output_TN,
             low,
