@@ -207,9 +207,11 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
     check_header(config, read_header(weights))
     try:
         # load_file would map the file, and whoever writes into it later would change a loaded adapter
-        tensors = load(weights.read_bytes())
+        read = load(weights.read_bytes())
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{weights} cannot be read: {error}; download it again") from error
+    # load gives them in any order
+    tensors = {name: read[name] for name in sorted(read)}
     if check_values:
         _check_values(config, tensors)
     actual = fingerprint(config, tensors)
