@@ -13,7 +13,7 @@ from ..vllm.test_logic import Request
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
 
 
-def test_a_hub_id_is_pinned_until_it_is_loaded_again(hub, tmp_path):
+def test_an_id_is_pinned_to_the_commit_that_it_was_loaded_at(hub, tmp_path):
     for seed, name in enumerate(["one", "two"]):
         make_preft(make_base(), seed=seed).save_pretrained(tmp_path / name)
     push_adapter(tmp_path / "one", "acme/tone")
@@ -30,8 +30,10 @@ def test_a_hub_id_is_pinned_until_it_is_loaded_again(hub, tmp_path):
     second = stamp_of(directory.stamped(Request("tone", 3, "acme/tone"), fresh=True))
     assert second is not None
     assert second.fingerprint == load_adapter(tmp_path / "two").fingerprint
+    assert stamp_of(directory.stamped(Request("tone", 1, "acme/tone"))) == first
     with pytest.raises(ValueError, match="lora_int_id 1 stands for"):
-        directory.stamped(Request("tone", 1, "acme/tone"))
+        directory.stamped(Request("tone", 1, "acme/tone"), fresh=True)
+    assert stamp_of(directory.stamped(Request("tone", 1, "acme/tone"))) == first
 
 
 def test_a_hub_that_was_away_is_asked_again(hub, tmp_path, monkeypatch):
