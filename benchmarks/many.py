@@ -90,6 +90,7 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     console = Console()
     device = device_name() if options.device == "cuda" else f"cpu-{torch.get_num_threads()}-threads"
+    command = "python -m benchmarks.many" + (" --device cuda" if options.device == "cuda" else "")
     file = RESULTS / f"many-adapters-{device}.json"
     report = json.loads(file.read_text()) if file.exists() else {"cases": []}
     done = {(case["adapters"], case["prompt"], case["decode"]) for case in report["cases"]}
@@ -101,7 +102,7 @@ def main() -> None:
             report["cases"].append(measure(systems, base, case, options, folder, console))
             report |= {
                 "device": device,
-                "environment": environment("python -m benchmarks.many"),
+                "environment": environment(command),
                 "model": "SmolLM2-135M-Instruct, float32",
                 "rank": RANK,
             }
