@@ -218,10 +218,10 @@ def kernels(shape: Shape, setting: Setting) -> list[dict[str, Any]]:
                 def layer(x: Tensor = x, m: Tensor = weight, weights: Any = weights, s: Any = segments) -> Tensor:
                     return lora_linear(x, m, weights.a, weights.b, weights.widths, s)
 
-                check_op(op, output, x, weights, segments, setting)
+                check_op(op, output, x, weights, segments)
                 runs: dict[str, Callable[[], Any]] = {"base": lambda x=x, weight=weight: x @ weight.T, "op": op}
                 if weights.bias is None:
-                    check_layer(layer, x, weight, weights, segments, setting)
+                    check_layer(layer, x, weight, weights, segments)
                     runs["layer"] = layer
                 times = alternated({name: replay(run, setting)[0] for name, run in runs.items()}, setting)
                 moved = slab.nbytes + (x.nbytes + 2 * output.nbytes if name != "block" else 2 * x.nbytes)
@@ -230,7 +230,7 @@ def kernels(shape: Shape, setting: Setting) -> list[dict[str, Any]]:
     return found
 
 
-def check_op(run: Callable[[], None], output: Tensor, x: Tensor, weights: Any, segments: Segments, s: Setting) -> None:
+def check_op(run: Callable[[], None], output: Tensor, x: Tensor, weights: Any, segments: Segments) -> None:
     """Compares one op with the reference in float32; leaves output as it was.
 
     Raises:
@@ -244,15 +244,12 @@ def check_op(run: Callable[[], None], output: Tensor, x: Tensor, weights: Any, s
     else:
         reference.add_direft_(right, weights.a[:, 0].float(), weights.b.float(), weights.bias.float(), segments)
     run()
-    difference = float((output.float() - right).abs().max() / right.abs().max())
+    found = output.clone()
     output.copy_(before)
-    if difference > TOLERANCE[s.dtype]:
-        raise RuntimeError(f"an op's result differs by {difference:.2e} of the largest value: not timed")
+    compare("an op", found, right)
 
 
-def check_layer(
-    run: Callable[[], Tensor], x: Tensor, weight: Tensor, weights: Any, segments: Segments, s: Setting
-) -> None:
+def check_layer(run: Callable[[], Tensor], x: Tensor, weight: Tensor, weights: Any, segments: Segments) -> None:
     """Compares product and updates with the reference in float32.
 
     Raises:
@@ -260,9 +257,13 @@ def check_layer(
     """
     wide = (x.float(), weight.float(), weights.a.float(), weights.b.float())
     right = reference.lora_linear(*wide, weights.widths, segments)
-    difference = float((run().float() - right).abs().max() / right.abs().max())
-    if difference > TOLERANCE[s.dtype]:
-        raise RuntimeError(f"a layer's result differs by {difference:.2e} of the largest value: not timed")
+    compare("a layer", run(), right)
+
+
+def compare(name: str, found: Tensor, right: Tensor) -> None:
+    difference = float((found.float() - right).abs().max() / right.abs().max())
+    if difference > TOLERANCE[found.dtype]:
+        raise RuntimeError(f"{name}'s result differs by {difference:.2e} of the largest value: not timed")
 
 
 def segments_of(num_requests: int, num_rows: int, num_adapters: int, device: str) -> Segments:

@@ -79,6 +79,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.repeats < 5:
         parser.error(f"--repeats is {options.repeats}: give 5 or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda and there is no CUDA device: leave it out")
     transformers.utils.logging.set_verbosity_error()
     # the same float32 arithmetic on every device
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,6 +1,7 @@
 """Writes the README's table from committed results: `python -m benchmarks.readme`."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.run import RESULTS
@@ -16,21 +17,17 @@ START, END = "<!-- results -->\n", "<!-- /results -->"
 
 
 def main() -> None:
-    before, _, rest = README.read_text().partition(START)
-    after = rest.partition(END)[2]
     many, single = sorted(RESULTS.glob("many-adapters-*.json")), sorted(RESULTS.glob("cpu-*.json"))
-    README.write_text(before + START + "\n".join(many_section(file) for file in many) + END + after)
-    before, _, rest = PAGE.read_text().partition(START)
-    after = rest.partition(END)[2]
-    PAGE.write_text(before + START + "\n".join(page_sections(many, single)) + END + after)
-    before, _, rest = PAGE.read_text().partition(GPU_START)
-    after = rest.partition(GPU_END)[2]
-    sections = map(gpu_section, sorted(RESULTS.glob("serving-*.json")))
-    PAGE.write_text(before + GPU_START + "\n".join(sections) + GPU_END + after)
-    before, _, rest = VLLM_PAGE.read_text().partition(VLLM_START)
-    after = rest.partition(VLLM_END)[2]
-    sections = map(vllm_section, sorted(RESULTS.glob("vllm-*.json")))
-    VLLM_PAGE.write_text(before + VLLM_START + "\n".join(sections) + VLLM_END + after)
+    put(README, START, END, map(many_section, many))
+    put(PAGE, START, END, page_sections(many, single))
+    put(PAGE, GPU_START, GPU_END, map(gpu_section, sorted(RESULTS.glob("serving-*.json"))))
+    put(VLLM_PAGE, VLLM_START, VLLM_END, map(vllm_section, sorted(RESULTS.glob("vllm-*.json"))))
+
+
+def put(page: Path, start: str, end: str, sections: Iterable[str]) -> None:
+    """Writes sections between two marks of a page, in place of what is there."""
+    before, _, rest = page.read_text().partition(start)
+    page.write_text(before + start + "\n".join(sections) + end + rest.partition(end)[2])
 
 
 def vllm_section(file: Path) -> str:

@@ -51,6 +51,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda and there is no CUDA device: leave it out")
     narrowed = [name for name in ("tasks", "methods", "ranks") if getattr(options, name) is not None]
     options.parts = options.parts or (["sft"] if narrowed else list(PARTS))
     if narrowed and "sft" not in options.parts:

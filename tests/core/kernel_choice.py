@@ -99,7 +99,7 @@ def count_late_forms() -> None:
     for kind in ("linear", "block"):
         layout = Layout(sites, Bucket(kind, 8))
         weights |= layout.views(torch.zeros(4, layout.num_elements, dtype=torch.bfloat16))
-    num_runs = warm_up(weights.values(), ops)
+    num_runs = warm_up(weights.values())
     # 3 sizes of tiles; the wide input cut in 2 or whole; the largest tiles also with long runs of columns
     assert num_runs == (2 + 2 + 3) + (1 + 1 + 2), num_runs
     before = num_forms()

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,16 @@ def case(architecture: str, method: str) -> Case:
     model = make_preft(base, method)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return Case(untouched, adapted_copy(untouched, method, weights, model.peft_config["default"].scaling), model)
+
+
+def run_together(work: Callable[[int], None], count: int) -> None:
+    """Runs work(0) ... work(count - 1) in threads, all at once, to their ends."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=240)
+        assert not thread.is_alive()
 
 
 def prompt(num_rows: int = 2, length: int = 9, seed: int = 0) -> Tensor:

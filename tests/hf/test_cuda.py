@@ -4,14 +4,13 @@ float32 on both sides, without TF32. Skipped where there is no device.
 """
 
 import copy
-import threading
 
 import pytest
 import torch
 
 from preft_hf import PreftPool
 
-from .cases import GREEDY, case, prompt
+from .cases import GREEDY, case, prompt, run_together
 from .crowd import BASE, NAMES, crowd, prompts
 from .test_continuous_batching import expected, ragged, run
 
@@ -107,11 +106,7 @@ def test_threads_on_streams_of_their_own():
         except BaseException as error:
             faults.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(work, 3)
     assert not faults, faults
 
 

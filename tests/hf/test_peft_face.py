@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from preft_hf import PreftConfig, preft_phase
 from preft_hf.caches import cache_of
 
-from .cases import GREEDY, case, prompt
+from .cases import GREEDY, case, prompt, run_together
 from .oracle import adapted_copy, two_phase_greedy
 from .zoo import METHODS, make_base, make_config, make_preft
 
@@ -269,11 +269,7 @@ def test_threads_do_not_see_each_others_phase():
             if not torch.equal(tokens_of(c.model, ids[i])[:, 9:], expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(serve, 4)
     assert wrong == []
 
 

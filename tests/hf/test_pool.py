@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from preft_core.adapter import AdapterConfig, AdapterError, load_adapter, save_a
 from preft_core.layout import Bucket
 from preft_hf import PreftConfig, PreftPool
 
-from .cases import GREEDY, prompt
+from .cases import GREEDY, prompt, run_together
 from .crowd import BASE, NAMES, crowd, prompts
 from .oracle import adapted_copy, two_phase_greedy
 from .test_adapter_names import check
@@ -117,12 +116,7 @@ def test_threads_that_generate_on_one_pool(many):
         except BaseException as error:
             faults.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=240)
-        assert not thread.is_alive()
+    run_together(work, 4)
     assert faults == []
 
 

@@ -43,13 +43,8 @@ def add_lora_(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, or an input that a gradient is wanted for.
     """
-    slots, _, rank, width_in = a_SLRD.shape
-    rows, width_out = segments.num_rows, sum(widths)
-    _check(
-        ("output", "x", "a", "b"),
-        (output_TN, x_TD, a_SLRD, b_SNR),
-        ((rows, width_out), (rows, width_in), (slots, len(widths), rank, width_in), (slots, width_out, rank)),
-    )
+    shapes = ((segments.num_rows, sum(widths)), *_lora_shapes(a_SLRD, widths, segments))
+    _check(("output", "x", "a", "b"), (output_TN, x_TD, a_SLRD, b_SNR), shapes)
     with _own_dtypes(output_TN.device.type):
         _implementation(output_TN.device.type).add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
 
@@ -80,13 +75,9 @@ def lora_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other, or an input that a gradient is wanted for.
     """
-    slots, _, rank, width_in = a_SLRD.shape
-    rows, width_out = segments.num_rows, sum(widths)
-    _check(
-        ("x", "weight", "a", "b"),
-        (x_TD, weight_ND, a_SLRD, b_SNR),
-        ((rows, width_in), (width_out, width_in), (slots, len(widths), rank, width_in), (slots, width_out, rank)),
-    )
+    shape_of_x, *others = _lora_shapes(a_SLRD, widths, segments)
+    shapes = (shape_of_x, (sum(widths), a_SLRD.shape[3]), *others)
+    _check(("x", "weight", "a", "b"), (x_TD, weight_ND, a_SLRD, b_SNR), shapes)
     with _own_dtypes(x_TD.device.type):
         return _implementation(x_TD.device.type).lora_linear(x_TD, weight_ND, a_SLRD, b_SNR, widths, segments)
 
@@ -101,10 +92,9 @@ def warm_up(weights: "Iterable[Weights]") -> int:
     found = list(weights)
     if not found or found[0].a.device.type != "cuda" or _implementation("cuda") is cpu:
         return 0
-    from preft_core.ops import triton
     from preft_core.ops.warm import warm_up
 
-    return warm_up(found, triton)
+    return warm_up(found)
 
 
 def _own_dtypes(device_type: str) -> AbstractContextManager[object]:
@@ -127,6 +117,12 @@ def _implementation(device_type: str) -> ModuleType:
         )
         return cpu
     return triton
+
+
+def _lora_shapes(a_SLRD: Tensor, widths: tuple[int, ...], segments: Segments) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes that x, a and b of a LoRA op must have."""
+    slots, _, rank, width_in = a_SLRD.shape
+    return (segments.num_rows, width_in), (slots, len(widths), rank, width_in), (slots, sum(widths), rank)
 
 
 def _check(names: tuple[str, ...], tensors: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -1,9 +1,11 @@
 """The grouped ops as few large matrix products: the way on a CPU, and on devices without Triton."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from preft_core.ops import reference
 from preft_core.tokens import Segments
 
 MIN_SPANS_FOR_BMM = 4
@@ -34,13 +36,7 @@ def add_lora_(
             _addmm_(output_TN[:, columns], rows, low[:, part * rank : (part + 1) * rank], b_SNR[slot, columns].T)
 
 
-def lora_linear(
-    x_TD: Tensor, weight_ND: Tensor, a_SLRD: Tensor, b_SNR: Tensor, widths: tuple[int, ...], segments: Segments
-) -> Tensor:
-    """See `reference.lora_linear`."""
-    output_TN = linear(x_TD, weight_ND)
-    add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
-    return output_TN
+lora_linear = partial(reference.lora_linear, add=add_lora_)
 
 
 def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor, segments: Segments) -> None:

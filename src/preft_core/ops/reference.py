@@ -3,7 +3,7 @@
 The updates of one adapter are differentiable and serve training; `add_..._` change their output in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -104,7 +104,13 @@ def add_lora_(
 
 
 def lora_linear(
-    x_TD: Tensor, weight_ND: Tensor, a_SLRD: Tensor, b_SNR: Tensor, widths: tuple[int, ...], segments: Segments
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    a_SLRD: Tensor,
+    b_SNR: Tensor,
+    widths: tuple[int, ...],
+    segments: Segments,
+    add: Callable[..., None] = add_lora_,
 ) -> Tensor:
     """Returns the output of layers that share an input, with the LoRA update of each adapted row's own slot.
 
@@ -114,11 +120,12 @@ def lora_linear(
         x_TD: (T, D), the layers' input
         weight_ND: (N, D), the layers' weights one below the other, dtype of x
         a_SLRD, b_SNR, widths, segments: as for `add_lora_`
+        add: what adds the updates, an `add_lora_`
     Returns: (T, N), a new tensor in x's dtype.
     Source: as `add_lora_`.
     """
     output_TN = linear(x_TD, weight_ND)
-    add_lora_(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
+    add(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
     return output_TN
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from preft_core.ops import reference
 from preft_core.ops.kernels import expand_kernel, shrink_kernel
 from preft_core.ops.launch import Launch, launch_for, power_of_two
 from preft_core.tokens import Segments
@@ -39,9 +39,7 @@ def lora_linear(
     bfloat16 they are rounded once more for that. float16 could not hold them all.
     """
     if x_TD.dtype not in (torch.bfloat16, torch.float32) or not segments.covers_all or x_TD.shape[0] == 0:
-        output = linear(x_TD, weight_ND)
-        add_lora_(output, x_TD, a_SLRD, b_SNR, widths, segments)
-        return output
+        return reference.lora_linear(x_TD, weight_ND, a_SLRD, b_SNR, widths, segments, add_lora_)
     output = x_TD.new_empty(x_TD.shape[0], weight_ND.shape[0])
     _lora(output, x_TD, a_SLRD, b_SNR, widths, segments, adds=False)
     return output.addmm_(x_TD, weight_ND.T)

@@ -1,17 +1,17 @@
 """Compiles the kernels before a request needs them: a form of a kernel takes about a second, once per machine."""
 
 from collections.abc import Iterable, Iterator
-from types import ModuleType
 
 import torch
 
 from preft_core.layout import Weights
+from preft_core.ops import triton as ops
 from preft_core.ops.launch import tile_counts
 from preft_core.tiles import TILE_ROWS
 from preft_core.tokens import Segments
 
 
-def warm_up(weights: Iterable[Weights], ops: ModuleType) -> int:
+def warm_up(weights: Iterable[Weights]) -> int:
     """Runs the ops on a few rows of zeros in every form that a batch of these adapters can need. Changes no slot.
 
     Inputs and outputs are contiguous and begin at multiples of 16 bytes, as a model's do; others compile when they
@@ -19,11 +19,10 @@ def warm_up(weights: Iterable[Weights], ops: ModuleType) -> int:
 
     Args:
         weights: of all sites; one of each shape is enough, and the others are left out
-        ops: `triton`, or what stands for it
     Returns: how many ops were run.
     """
     kinds = {(one.a.shape[1:], one.b.shape[1:], one.widths, one.bias is None): one for one in weights}
-    runs = [(one, segments) for one in kinds.values() for segments in _segments(one, ops)]
+    runs = [(one, segments) for one in kinds.values() for segments in _segments(one)]
     for one, segments in runs:
         x = one.a.new_zeros(segments.num_rows, one.a.shape[-1])
         if one.bias is not None:
@@ -34,7 +33,7 @@ def warm_up(weights: Iterable[Weights], ops: ModuleType) -> int:
     return len(runs)
 
 
-def _segments(weights: Weights, ops: ModuleType) -> Iterator[Segments]:
+def _segments(weights: Weights) -> Iterator[Segments]:
     """Yields tiles of one row each, of every size, as many as it takes for each launch that a batch can have."""
     like = weights.a.new_zeros(0, weights.a.shape[-1])
     for tile_rows in TILE_ROWS:
