@@ -37,7 +37,7 @@ bench: .venv/demo.stamp
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv build dist *.egg-info
 
 # torch comes first and pinned: left to a dependency, pip would take its newest build.
 .venv/torch.stamp: constraints.txt

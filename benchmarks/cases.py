@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from preft_hf import PreftConfig
-from preft_hf.caches import cache_argument
+from preft_hf.forward.caches import cache_argument
 
 TOLERANCE = 1e-3
 """Largest difference of logits to the oracle: float32 over 30 layers. The adapter itself changes them far more."""

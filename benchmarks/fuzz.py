@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from preft_core.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, load_adapter, save_adapter
-from preft_core.config import AdapterConfig
+from preft_core.format.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, load_adapter, save_adapter
+from preft_core.format.config import AdapterConfig
 
 MAX_SECONDS = 1.0
 MAX_TRACED_BYTES = 64 << 20

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from benchmarks.gpu_model import Adapters, Decoder
 from benchmarks.run import RESULTS, device_name
-from preft_core.layout import Bucket, Layout, Site
 from preft_core.ops import add_direft_, add_lora_, lora_linear, reference
 from preft_core.planner import DEVICES, SHAPES, Planner, Shape
-from preft_core.tokens import Segments
+from preft_core.pool.layout import Bucket, Layout, Site
+from preft_core.rule.tokens import Segments
 
 SHARD_70B = replace(
     SHAPES["llama-3.1-70b"], name="llama-3.1-70b, 1 of 4", intermediate_size=7168, num_heads=16, num_kv_heads=2

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
-from preft_core.layout import Bucket, Layout, Site, Weights
 from preft_core.ops import add_direft_, lora_linear
+from preft_core.ops.weights import Weights
 from preft_core.planner import Shape
-from preft_core.tokens import Segments
+from preft_core.pool.layout import Bucket, Layout, Site
+from preft_core.rule.tokens import Segments
 
 
 @dataclass(frozen=True)

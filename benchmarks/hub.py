@@ -21,8 +21,8 @@ from rich.console import Console
 from tests.hub.server import Hub
 
 from benchmarks.run import environment
-from preft_core.adapter import save_adapter
-from preft_core.config import AdapterConfig
+from preft_core.format.adapter import save_adapter
+from preft_core.format.config import AdapterConfig
 
 SYSTEMS = ("loop of snapshot_download", "preft pull, 1 at once", "preft pull, 8 at once")
 
@@ -88,7 +88,7 @@ def run(hub: Hub, name: str, cache: Path, number: int) -> dict[str, float]:
 def client(name: str, cache: Path, number: int) -> None:
     from huggingface_hub import snapshot_download
 
-    from preft_core.hub import pull_adapters
+    from preft_core.hub.push_pull import pull_adapters
 
     places = {f"a{i}": f"org/a{i}" for i in range(number)}
 

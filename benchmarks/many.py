@@ -25,7 +25,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.many_systems import RANK, SYSTEMS, System, adapter_names, check, make_system
 from benchmarks.run import RESULTS, device_name, environment
-from preft_hf.demo.model import load_demo_model
+from preft_hf.embedded_model import load_demo_model
 
 ADAPTERS = (1, 4, 16, 32, 64)
 SHAPES = ((64, 32), (256, 128))

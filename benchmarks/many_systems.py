@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from preft_hf import PreftConfig, PreftPool
-from preft_hf.caches import cache_argument, cache_of
-from preft_hf.targets import linear_layers
+from preft_hf.forward.caches import cache_argument, cache_of
+from preft_hf.tuner.targets import linear_layers
 
 SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
 RANK = 16

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.cases import CASES, Case, models, prepared
-from preft_hf.demo.model import load_demo_model
+from preft_hf.embedded_model import load_demo_model
 
 RESULTS = Path(__file__).parent / "results"
 NUM_WARM_UP = 2

@@ -24,16 +24,16 @@ from aiohttp import web
 from rich.console import Console
 
 from benchmarks.run import environment
-from preft_core.adapter import save_adapter
-from preft_core.config import AdapterConfig
-from preft_core.layout import Site
-from preft_core.source import find_adapter
-from tgi_patch import engine, layers
-from tgi_patch.fleet import Fleet
-from tgi_patch.front import FrontDoor
-from tgi_patch.places import Place
-from tgi_patch.registry import Registry
-from tgi_patch.routing import TICKET
+from preft_core.format.adapter import save_adapter
+from preft_core.format.config import AdapterConfig
+from preft_core.hub.source import find_adapter
+from preft_core.pool.layout import Site
+from tgi_patch.gateway.adapters import Fleet
+from tgi_patch.gateway.proxy import FrontDoor
+from tgi_patch.server import engine, layers
+from tgi_patch.server.registry import Registry
+from tgi_patch.server.routing import TICKET
+from tgi_patch.server.target_modules import Place
 from tgi_patch.settings import Settings
 
 SAID = {"generated_text": "said"}

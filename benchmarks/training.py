@@ -18,7 +18,7 @@ from rich.progress import track
 
 from benchmarks.quality.methods import METHODS, adapted
 from benchmarks.run import RESULTS, device_name, environment
-from preft_hf.demo.model import load_demo_model
+from preft_hf.embedded_model import load_demo_model
 
 # rows, prompt tokens, response tokens
 SHAPES = ((8, 16, 16), (4, 96, 32), (4, 32, 96))

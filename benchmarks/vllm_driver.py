@@ -19,12 +19,12 @@ sys.path.pop(0)
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM, SamplingParams
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.lora.request import LoRARequest
 
     from preft_vllm import plugin
     from preft_vllm.punica import GroupedPunicaCPU
-    from vllm import LLM, SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     llm = LLM(
@@ -83,7 +83,7 @@ def use_kernels(llm, kernels: type) -> None:
             wrapper.segments = Segments.of_lengths([], [])
         manager._last_mapping = None
 
-    from preft_core.tokens import Segments
+    from preft_core.rule.tokens import Segments
 
     llm.collective_rpc(use)
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.run import RESULTS, environment
-from preft_core.transform import to_lora
+from preft_core.format.plain_lora import to_lora
 from preft_hf import PreftConfig
-from preft_hf.demo.model import load_demo_model
+from preft_hf.embedded_model import load_demo_model
 
 PYTHON = Path(os.environ.get("PREFT_VLLM_PYTHON", "~/.cache/preft/vllm/bin/python")).expanduser()
 SYSTEMS = ("base", "all-token LoRA", "LoRA-P", "DiReFT-P")
@@ -92,7 +92,8 @@ def measure(
         job |= {"stock": STOCK, "new": new, "repeats": repeats, "rank": rank}
         (root / "job.json").write_text(json.dumps(job))
         command = [PYTHON, Path(__file__).with_name("vllm_driver.py"), root / "job.json", root / "result.json"]
-        sources = str(Path(__file__).parents[1] / "src")
+        root_folder = Path(__file__).parents[1]
+        sources = os.pathsep.join([str(root_folder / "src"), str(root_folder)])
         variables = os.environ | {"PYTHONPATH": sources, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         # the copy under root has another name than what the adapters were made on
         variables["PREFT_BASE_MODEL"] = base.name_or_path

@@ -1,7 +1,13 @@
-"""Code in a new interpreter, which has imported nothing."""
+"""Other interpreters: a new one that has imported nothing, and what the Python of an engine needs to find us."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+"""PYTHONPATH of a process that is not run by the project's own environment."""
 
 
 def printed(code: str, *arguments: str) -> str:

@@ -12,11 +12,10 @@ from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from preft_core.adapter import load_adapter
-
-from .hf.cases import prompt
-from .hf.test_trainers import tokenizer
-from .hf.zoo import METHODS, make_base, make_preft
+from preft_core.format.adapter import load_adapter
+from tests.hf.cases import prompt
+from tests.hf.training.test_trainers import tokenizer
+from tests.hf.zoo import METHODS, make_base, make_preft
 
 ROOT = Path(__file__).parents[1]
 

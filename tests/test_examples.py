@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from preft_core.adapter import load_adapter
-
-from .hf.test_trainers import CHATS, tokenizer
-from .hf.zoo import make_base
+from preft_core.format.adapter import load_adapter
+from tests.hf.training.test_trainers import CHATS, tokenizer
+from tests.hf.zoo import make_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -1,38 +1,76 @@
-"""The structure that docs/design.md promises: which way imports point, and how large things are."""
+"""The structure of the code: which folder may import which, and how large things are."""
 
 import ast
 import subprocess
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
 
-from preft_hf.register import register
-
-from .interpreter import printed
+from preft_hf.tuner.register import register
+from tests.interpreter import printed
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src"
-FILES = sorted(SOURCE.rglob("*.py"))
+PACKAGES = {
+    package: ROOT / folder / package
+    for folder, package in [
+        ("src", "preft_core"),
+        ("src", "preft_hf"),
+        ("src", "preft_cli"),
+        ("src", "preft_vllm"),
+        (".", "tgi_patch"),
+    ]
+}
+FILES = sorted(file for folder in PACKAGES.values() for file in folder.rglob("*.py"))
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
-# package -> what it may not import
-FORBIDDEN = {
-    "preft_core": {"transformers", "peft", "preft_hf", "tgi_patch", "preft_vllm", "trl", "accelerate"},
-    "preft_core/ops": {"transformers", "peft", "preft_hf", "tgi_patch", "safetensors", "huggingface_hub"},
-    "tgi_patch": {"transformers", "peft", "preft_hf", "preft_vllm", "trl"},
-    "preft_core/seam.py": {"torch", "preft_core"},
-    "preft_vllm": {"transformers", "peft", "preft_hf", "tgi_patch", "trl"},
-    "preft_hf": {"tgi_patch", "preft_vllm", "preft_cli"},
-    "preft_hf/phase.py": {"preft_hf"},
-    "preft_hf/layer.py": {f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "sft", "demo")},
-    "preft_hf/block.py": {f"preft_hf.{name}" for name in ("model", "register", "forward", "hub", "sft", "demo")},
-    "preft_hf/model.py": {f"preft_hf.{name}" for name in ("register", "hub", "sft", "demo")},
-    "preft_hf/hub.py": {f"preft_hf.{name}" for name in ("register", "model", "sft", "demo")},
-    "preft_hf/register.py": {f"preft_hf.{name}" for name in ("sft", "demo", "pool")},
-    "preft_cli/hub.py": {"transformers.models", "peft"},
-    "preft_cli/inspection.py": {"preft_hf", "transformers", "peft"},
+MAX_FILES_OF_FOLDER = 12
+# package -> the packages of this project that it may import
+MAY_IMPORT = {
+    "preft_core": set(),
+    "preft_hf": {"preft_core"},
+    "preft_cli": {"preft_core", "preft_hf"},
+    "preft_vllm": {"preft_core"},
+    "tgi_patch": {"preft_core"},
 }
+# package -> its folders and files from the ground up; each imports itself and what stands below it
+FLOORS = {
+    "preft_core": [
+        {"orthonormal", "seam"},
+        {"rule", "format"},
+        {"ops", "hub"},
+        {"pool"},
+        {"planner", "adapter"},
+    ],
+    "preft_hf": [
+        {"config", "embedded_model"},
+        {"layers"},
+        {"forward"},
+        {"tuner"},
+        {"pool"},
+        {"training"},
+        {"demo", "verify", "hub", "trl"},
+    ],
+    "tgi_patch": [{"settings"}, {"server"}, {"patches", "gateway"}, {"launch"}, {"__main__"}],
+}
+# what the package must not import of others' packages
+FOREIGN = {
+    "preft_core": {"transformers", "peft", "trl", "accelerate"},
+    "preft_core.ops": {"safetensors", "huggingface_hub", "transformers", "peft"},
+    "preft_core.rule": {"safetensors", "huggingface_hub", "transformers", "peft"},
+    "preft_core.seam": {"torch"},
+    "preft_vllm": {"transformers", "peft", "trl"},
+    "tgi_patch": {"transformers", "peft", "trl"},
+    "preft_cli.hub": {"transformers.models", "peft"},
+    "preft_cli.inspection": {"preft_hf", "transformers", "peft"},
+}
+
+
+def module_of(file: Path) -> str:
+    """Returns the dotted name of a file of src/ or of tgi_patch/; a package's own for its __init__.py."""
+    base = next(folder.parent for folder in PACKAGES.values() if file.is_relative_to(folder))
+    return ".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports_of(file: Path, top_level_only: bool = False) -> set[str]:
@@ -48,15 +86,70 @@ def imports_of(file: Path, top_level_only: bool = False) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("place", FORBIDDEN)
-def test_imports_point_one_way(place):
-    target = SOURCE / place
-    if not target.exists():
-        pytest.skip(f"{place} is not there yet")
-    for file in [target] if target.suffix else target.rglob("*.py"):
+def ours(names: set[str]) -> set[tuple[str, str]]:
+    """Returns (package, folder or file in it) of the imported modules that are this project's."""
+    split = [name.split(".") for name in names]
+    return {(parts[0], parts[1] if len(parts) > 1 else "") for parts in split if parts[0] in PACKAGES}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_stands_below_them(package):
+    for file in PACKAGES[package].rglob("*.py"):
+        for imported, _ in ours(imports_of(file)):
+            assert imported == package or imported in MAY_IMPORT[package], f"{file} imports {imported}"
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_folders_import_downward(package):
+    floor_of = {name: floor for floor, names in enumerate(FLOORS[package]) for name in names}
+    for file in PACKAGES[package].rglob("*.py"):
+        parts = module_of(file).split(".")
+        if len(parts) == 1:
+            # the package's __init__ stands on top: it names what users import
+            continue
+        floor = floor_of[parts[1]]
+        for other, name in ours(imports_of(file)):
+            if other == package and name and name != parts[1]:
+                assert name in floor_of, f"{file} imports {name}, which FLOORS does not know"
+                assert floor_of[name] < floor, f"{file} imports {name}, which does not stand below {parts[1]}"
+
+
+def test_every_folder_has_a_floor_and_says_what_lives_there():
+    for package, floors in FLOORS.items():
+        entries = {path.stem for path in PACKAGES[package].iterdir() if path.suffix == ".py" or path.is_dir()}
+        known = set().union(*floors)
+        assert entries - {"__init__", "__pycache__", "docker", "py"} == known
+    for package in PACKAGES.values():
+        for file in package.rglob("__init__.py"):
+            assert len(ast.get_docstring(ast.parse(file.read_text())) or "") > 40, f"{file} does not say what is in it"
+
+
+@pytest.mark.parametrize("place", FOREIGN)
+def test_others_packages_are_not_imported_below(place):
+    files = [file for file in FILES if f"{module_of(file)}.".startswith(f"{place}.")]
+    assert files
+    for file in files:
         for name in imports_of(file):
-            for forbidden in FORBIDDEN[place]:
+            for forbidden in FOREIGN[place]:
                 assert not f"{name}.".startswith(forbidden + "."), f"{file} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {}
+    known = {module_of(file) for file in FILES}
+    for file in FILES:
+        name = module_of(file)
+        # a package's __init__ that names its parts is imported with each of them, which is no circle of theirs
+        if file.name != "__init__.py":
+            graph[name] = {found for found in imports_of(file, top_level_only=True) if found in known}
+    TopologicalSorter(graph).prepare()
+
+
+def test_folders_are_small():
+    for package in PACKAGES.values():
+        for folder in [package, *(path for path in package.rglob("*") if path.is_dir())]:
+            files = list(folder.glob("*.py"))
+            assert len(files) <= MAX_FILES_OF_FOLDER, f"{folder} has {len(files)} files"
 
 
 def test_only_register_touches_the_tables_of_peft():
@@ -65,7 +158,7 @@ def test_only_register_touches_the_tables_of_peft():
             assert "PEFT_TYPE_TO_" not in file.read_text(), file
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_and_functions_are_short(file):
     text = file.read_text()
     assert len(text.splitlines()) <= MAX_FILE_LINES

@@ -24,7 +24,7 @@ from benchmarks.quality.store import RESULTS, Store
 from benchmarks.quality.study import Bench, base_result, chosen_rate, full_run, plan
 from benchmarks.quality.tasks import TASKS
 from benchmarks.run import device_name, environment
-from preft_hf.demo.model import load_demo_model
+from preft_hf.embedded_model import load_demo_model
 
 Report = Callable[[str], None]
 Run = Callable[[Report], object]

@@ -17,10 +17,10 @@ from benchmarks.quality.sft import evaluate, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.study import Bench, score
 from preft_hf import PreftConfig
-from preft_hf.data import Sample
-from preft_hf.demo.model import cache_directory
-from preft_hf.distill import agreement, distillation_loss, load_teacher, responses, widened
-from preft_hf.training import IGNORED_LABEL
+from preft_hf.embedded_model import cache_directory
+from preft_hf.forward.labels import IGNORED_LABEL
+from preft_hf.training.data import Sample
+from preft_hf.training.distill import agreement, distillation_loss, load_teacher, responses, widened
 
 RANK = 4
 TEACHER_RATE = 1e-2

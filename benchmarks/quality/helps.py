@@ -11,7 +11,7 @@ from benchmarks.quality.prompts import with_prompts
 from benchmarks.quality.sft import evaluate, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.study import Bench, score
-from preft_hf.data import Sample
+from preft_hf.training.data import Sample
 
 RANK = 16
 RATES = (1e-3, 3e-3)

@@ -6,8 +6,8 @@ The response's tokens are the same in every form, and so are the rows.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from preft_hf.data import Sample
-from preft_hf.training import IGNORED_LABEL
+from preft_hf.forward.labels import IGNORED_LABEL
+from preft_hf.training.data import Sample
 
 PLAIN, TEXT, CHAT = "as it is", "task text at its end", "chat template"
 TASK_TEXT = " (what a chat robot answers, in a sentence or two)"

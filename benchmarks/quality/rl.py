@@ -15,7 +15,7 @@ from benchmarks.quality.sft import evaluate, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.study import Bench, score
 from preft_hf.demo.cities import NUM_FIELDS, num_right_fields
-from preft_hf.demo.model import cache_directory
+from preft_hf.embedded_model import cache_directory
 from preft_hf.trl import check_trainer
 
 METHODS = ("lora", "lora-p")

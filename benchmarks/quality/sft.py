@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from preft_hf import PreftConfig
-from preft_hf.data import Sample, collate
-from preft_hf.training import IGNORED_LABEL
+from preft_hf.forward.labels import IGNORED_LABEL
+from preft_hf.training.data import Sample, collate
 
 BATCH = 8
 # what a call of the model costs beside its tokens, in tokens

@@ -15,9 +15,9 @@ from benchmarks.quality.methods import LEARNING_RATES, adapted
 from benchmarks.quality.sft import evaluate, num_targets, train
 from benchmarks.quality.store import Result, Store
 from benchmarks.quality.tasks import Task
-from preft_hf.data import Sample
 from preft_hf.demo.answer import answer
 from preft_hf.demo.cities import field_accuracy
+from preft_hf.training.data import Sample
 
 NUM_SCORED = 96
 # Successive halving: after so many steps, so many of the rates go on.

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from preft_hf.data import Sample, Turn, encode_turns
 from preft_hf.demo.cities import ATTRIBUTION, Row, city_rows
+from preft_hf.training.data import Sample, Turn, encode_turns
 
 NUM_TEST = 256
 NUM_VALIDATION = 64

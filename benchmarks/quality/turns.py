@@ -13,9 +13,10 @@ from typing import Any
 from benchmarks.quality.methods import adapted
 from benchmarks.quality.sft import evaluate, train
 from benchmarks.quality.store import Result, Store
-from preft_hf.data import Sample, Turn, encode_turns
+from preft_hf import expand_turns
 from preft_hf.demo.cities import city_rows
-from preft_hf.training import IGNORED_LABEL, expand_turns
+from preft_hf.forward.labels import IGNORED_LABEL
+from preft_hf.training.data import Sample, Turn, encode_turns
 
 NUM_TURNS = 3
 NUM_TEST = 96

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from preft_cli import distillation, doctor, hub
 from preft_cli.options import Method, Precision, quiet
-from preft_core.config import HubError
+from preft_core.format.config import HubError
 
 HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
 
@@ -107,7 +107,7 @@ def train(
                       {"role": "assistant", "content": "Hello"}]}
     """
     quiet()
-    from preft_hf.finetune import FinetuneOptions, finetune
+    from preft_hf.training.train_run import FinetuneOptions, finetune
 
     options = FinetuneOptions(
         model, data, output, method.value, rank, alpha, lr, steps, epochs, batch_size, max_length, eval_split,
@@ -130,7 +130,7 @@ def generate(
 ) -> None:
     """Answer a prompt with an adapter: the prompt is adapted, the answer is decoded by the base model."""
     quiet()
-    from preft_hf.finetune import stream_answer
+    from preft_hf.training.train_run import stream_answer
 
     text = sys.stdin.read() if prompt is None else prompt
     stream_answer(adapter, text, model, chat, max_new_tokens, temperature, seed, base)
@@ -147,7 +147,7 @@ def inspect(
     Of an adapter on the Hub only the config and the header of the weights are read; nothing else is downloaded.
     """
     from preft_cli.inspection import facts_of, remote_facts_of, show_facts
-    from preft_core.source import hub_id
+    from preft_core.hub.source import hub_id
 
     facts = facts_of(adapter) if hub_id(adapter) is None else remote_facts_of(adapter, token)
     if json:

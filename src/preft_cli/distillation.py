@@ -49,8 +49,8 @@ def distill(
     answered by the teacher first. The adapter of the lowest held-out KL is kept.
     """
     quiet()
-    from preft_hf.distillation import DistillOptions
-    from preft_hf.distillation import distill as run
+    from preft_hf.training.distill_run import DistillOptions
+    from preft_hf.training.distill_run import distill as run
 
     options = DistillOptions(
         lora, data, output, model, rank, start.value, method.value, lr, steps, epochs, batch_size, max_length, sample,

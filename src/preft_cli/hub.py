@@ -51,7 +51,7 @@ def push(
 
 def _pushed(folder: Path, target: str, options: dict[str, Any]) -> dict[str, Any]:
     """Pushes one adapter and returns what came of it, its error included."""
-    from preft_core.hub import push_adapter
+    from preft_core.hub.push_pull import push_adapter
 
     facts = {"folder": str(folder), "repository": target, "commit": None, "url": None, "pull_request": None}
     try:
@@ -82,8 +82,8 @@ def pull(
     json: Json = False,
 ) -> None:
     """Download adapters, check them, and say where they are."""
-    from preft_core.hub import pinned, pull_adapters
-    from preft_core.manifest import name_fault, write_manifest
+    from preft_core.hub.manifest import name_fault, write_manifest
+    from preft_core.hub.push_pull import pinned, pull_adapters
 
     adapters = _named(places, by_folder=True)
     if len(adapters) == 1 and output is not None and not _is_manifest(places[0]):
@@ -120,7 +120,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Run every check of the format, and with --base a self-test: does it fit, does decoding stay the base model's?"""
-    from preft_core.hub import pull_adapter
+    from preft_core.hub.push_pull import pull_adapter
 
     model = None
     if base is not None:
@@ -156,7 +156,7 @@ def convert(
     output: Annotated[Path, typer.Option(help="Folder for the LoRA-P adapter.")],
 ) -> None:
     """Make a prefill-only adapter of a plain LoRA: the same weights, another meaning."""
-    from preft_core.transform import from_lora
+    from preft_core.format.plain_lora import from_lora
 
     print(from_lora(lora, output))
     Console(stderr=True).print(
@@ -171,7 +171,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder for the plain LoRA.")],
 ) -> None:
     """Write a LoRA-P adapter under plain PEFT LoRA names: whoever loads it applies it to every token."""
-    from preft_core.transform import to_lora
+    from preft_core.format.plain_lora import to_lora
 
     to_lora(adapter, output)
     Console(stderr=True).print(
@@ -189,8 +189,8 @@ def _named(places: list[str], by_folder: bool = False) -> dict[str, str]:
     Args:
         by_folder: a folder is named by the last part of its path, by which a copy or a manifest can name it
     """
-    from preft_core.manifest import name_fault, read_manifest
-    from preft_core.source import hub_id
+    from preft_core.hub.manifest import name_fault, read_manifest
+    from preft_core.hub.source import hub_id
 
     found: dict[str, str] = {}
     for place in places:

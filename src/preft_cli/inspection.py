@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from preft_core.adapter import WEIGHTS_NAME, Adapter, AdapterConfig, check_header, load_adapter
-from preft_core.header import TensorInfo, read_header
-from preft_core.ops import orthonormal_rows
-from preft_core.source import find_adapter
+from preft_core.format.adapter import WEIGHTS_NAME, Adapter, AdapterConfig, check_header, load_adapter
+from preft_core.format.header import TensorInfo, read_header
+from preft_core.hub.source import find_adapter
+from preft_core.orthonormal import orthonormal_rows
 
 NUM_SHOWN = 12
 

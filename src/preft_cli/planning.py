@@ -43,7 +43,7 @@ def shape_of(model: str) -> Shape:
 def _from_hub(model: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    from preft_core.source import hub_errors
+    from preft_core.hub.source import hub_errors
 
     with hub_errors("config.json", model, None):
         return Path(hf_hub_download(model, "config.json"))

@@ -7,7 +7,7 @@ time goes and how it scales, to within tens of per cent, not what a given server
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from preft_core.layout import RANKS, Bucket, Layout, Site
+from preft_core.pool.layout import RANKS, Bucket, Layout, Site
 
 Method = Literal["lora", "direft"]
 METHODS: tuple[Method, ...] = ("lora", "direft")

@@ -4,11 +4,12 @@ Importing this package registers the PEFT type PREFT.
 """
 
 from preft_hf.config import PreftConfig
-from preft_hf.model import PreftModel
-from preft_hf.phase import preft_phase
+from preft_hf.layers.phase import preft_phase
 from preft_hf.pool import PreftPool
-from preft_hf.register import register
-from preft_hf.training import PrefillMaskCollator, expand_turns
+from preft_hf.training.collator import PrefillMaskCollator
+from preft_hf.training.turns import expand_turns
+from preft_hf.tuner.model import PreftModel
+from preft_hf.tuner.register import register
 
 register()
 

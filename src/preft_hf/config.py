@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from preft_core.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, config_faults
+from preft_core.format.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, config_faults
 
 REFERENCE_NAME = "ref"
 """TRL adds an adapter of this name as its reference and means a copy of the default one; it copies by other names."""

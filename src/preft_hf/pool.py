@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from preft_core import ops
-from preft_core.adapter import Adapter, AdapterConfig, AdapterError, check_shapes
-from preft_core.layout import Bucket, Site, bucket_of
-from preft_core.manifest import read_manifest
-from preft_core.slots import Counters, SlotPool
-from preft_core.source import AdapterSource, find_adapter
-from preft_hf.attach import block_at, linear_at, take_out
+from preft_core.format.adapter import Adapter, AdapterConfig, AdapterError, check_shapes
+from preft_core.hub.manifest import read_manifest
+from preft_core.hub.source import AdapterSource, find_adapter
+from preft_core.pool.layout import Bucket, Site, bucket_of
+from preft_core.pool.slots import Counters, SlotPool
 from preft_hf.config import PreftConfig
-from preft_hf.forward import ATTRIBUTE, attachment_of
-from preft_hf.layer import PreftLayer, device_of
-from preft_hf.model import check_model
-from preft_hf.targets import features_of, resolve
+from preft_hf.forward.hooks import ATTRIBUTE, attachment_of
+from preft_hf.layers.linear import PreftLayer, device_of
+from preft_hf.tuner.attach import block_at, linear_at, take_out
+from preft_hf.tuner.model import check_model
+from preft_hf.tuner.targets import features_of, resolve
 
 
 class PreftPool:

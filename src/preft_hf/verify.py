@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from preft_core.adapter import AdapterError
-from preft_hf.caches import cache_argument, cache_of
-from preft_hf.plain import plain_generation
+from preft_core.format.adapter import AdapterError
+from preft_hf.forward.caches import cache_argument, cache_of
+from preft_hf.training.plain import plain_generation
 
 NUM_TOKENS = 8
 

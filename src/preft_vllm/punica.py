@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # pyright: ignore[reportMissingImports]
 
 from preft_core.ops import add_lora_
-from preft_core.tokens import BASE, Segments
+from preft_core.rule.tokens import BASE, Segments
 
 
 def segments_of(index: Tensor) -> Segments:

@@ -20,7 +20,7 @@ def prefill_rows(num_scheduled: Ints, num_computed: Ints, num_prompt: Ints) -> N
 
     Args:
         num_scheduled, num_computed, num_prompt: tokens per request, (requests,)
-    Source: arXiv 2605.14217, section 3; `preft_core.tokens.prefill_span` says the same of one request.
+    Source: arXiv 2605.14217, section 3; `preft_core.rule.tokens.prefill_span` says the same of one request.
     """
     return np.clip(num_prompt.astype(np.int64) - num_computed, 0, num_scheduled)
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from preft_core.adapter import WEIGHTS_NAME
-from preft_core.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterError, parse_json, read_limited
-from preft_core.source import find_adapter, hub_id
+from preft_core.format.adapter import WEIGHTS_NAME
+from preft_core.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterError, parse_json, read_limited
+from preft_core.hub.source import find_adapter, hub_id
 
 PREFIX = "preft:"
 

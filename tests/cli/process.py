@@ -12,7 +12,7 @@ from pathlib import Path
 from preft_cli.app import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preft_cli.app", "preft_hf.finetune", "transformers.trainer", "datasets"])
+CONTEXT.set_forkserver_preload(["preft_cli.app", "preft_hf.training.train_run", "transformers.trainer", "datasets"])
 
 
 class Preft:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from preft_hf import expand_turns
-from preft_hf.data import DataError, Turn, encode_prompts, encode_turns, read_turns
-
-from ..hf.test_trainers import tokenizer
+from preft_hf.training.data import DataError, Turn, encode_prompts, encode_turns, read_turns
+from tests.hf.training.test_trainers import tokenizer
 
 CHAT = (
     "{% for tool in tools or [] %}{{ 'w50 ' + tool.function.name + ' ' }}{% endfor %}"

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from ..hf.test_trainers import tokenizer
-from ..hf.zoo import make_base, make_preft
-from .process import Preft, preft, preft_from_nothing
+from tests.cli.process import Preft, preft, preft_from_nothing
+from tests.hf.training.test_trainers import tokenizer
+from tests.hf.zoo import make_base, make_preft
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from preft_hf import finetune
-from preft_hf.data import DataError, Turn, collate, encode_turns, read_turns
 from preft_hf.demo.cities import city_rows, field_accuracy, num_right_fields
-from preft_hf.finetune import FinetuneOptions
-
-from ..hf.test_trainers import tokenizer
+from preft_hf.training import train_run as finetune
+from preft_hf.training.data import DataError, Turn, collate, encode_turns, read_turns
+from preft_hf.training.train_run import FinetuneOptions
+from tests.hf.training.test_trainers import tokenizer
 
 
 def test_pairs_and_messages(tmp_path):

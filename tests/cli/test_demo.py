@@ -6,11 +6,10 @@ import zipfile
 import pytest
 
 from preft_hf.demo import model as demo_model
-from preft_hf.demo.model import DemoModelError, demo_model_directory, is_cached
 from preft_hf.demo.operations import compare_operations
-
-from ..hf.zoo import make_base, make_preft
-from .process import preft
+from preft_hf.embedded_model import DemoModelError, demo_model_directory, is_cached
+from tests.cli.process import preft
+from tests.hf.zoo import make_base, make_preft
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_the_first_of_two_conversions_stands(cache, tmp_path, monkeypatch):
 
 
 def test_the_live_check_counts_what_runs():
-    from ..hf.cases import prompt
+    from tests.hf.cases import prompt
 
     counts = compare_operations(make_preft(make_base()), prompt(1))
     assert counts["decode_is_base"] is True

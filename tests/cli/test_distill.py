@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from preft_cli.app import app
-from preft_core.adapter import load_adapter
-from preft_core.config import AdapterError
-from preft_core.transform import from_lora
-from preft_hf import distillation
-from preft_hf.caches import cache_argument, cache_of
-from preft_hf.data import DataError, Turn, collate, encode_prompts, read_turns
-from preft_hf.distill import (
+from preft_core.format.adapter import load_adapter
+from preft_core.format.config import AdapterError
+from preft_core.format.plain_lora import from_lora
+from preft_hf.forward.caches import cache_argument, cache_of
+from preft_hf.training import distill_run as distillation
+from preft_hf.training.data import DataError, Turn, collate, encode_prompts, read_turns
+from preft_hf.training.distill import (
     agreement,
     distillation_loss,
     divergence,
@@ -23,9 +23,8 @@ from preft_hf.distill import (
     responses,
     widened,
 )
-
-from ..hf.test_trainers import tokenizer
-from ..hf.zoo import VOCABULARY, make_base, make_preft
+from tests.hf.training.test_trainers import tokenizer
+from tests.hf.zoo import VOCABULARY, make_base, make_preft
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore:.*pin_memory.*")]
 

@@ -9,8 +9,7 @@ import pytest
 
 from preft_cli import doctor
 from preft_cli.app import app
-
-from ..conftest import VLLM_PYTHON
+from tests.conftest import VLLM_PYTHON
 
 NOTHING = dict.fromkeys(("torch", "triton", "transformers", "peft", "trl", "preft-hf", "vllm", "tgi", "gpu"))
 ALONE = NOTHING | {"modules": [], "plugin": False}

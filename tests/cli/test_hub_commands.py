@@ -12,13 +12,12 @@ import torch
 
 import preft_cli
 from preft_cli.app import app, main
-from preft_core.adapter import load_adapter
-from preft_core.source import find_adapter
-
-from ..conftest import TGI_PYTHON
-from ..hf.zoo import make_base, make_preft
-from ..hub.conftest import hub  # noqa: F401
-from ..hub.server import TOKEN
+from preft_core.format.adapter import load_adapter
+from preft_core.hub.source import find_adapter
+from tests.conftest import TGI_PYTHON
+from tests.core.hub.conftest import hub  # noqa: F401
+from tests.core.hub.server import TOKEN
+from tests.hf.zoo import make_base, make_preft
 
 SOURCE = Path(preft_cli.__file__).parents[1]
 pytestmark = [
@@ -117,8 +116,8 @@ def test_convert_and_export(tmp_path, capsys):
 
 
 def test_a_leak_is_found(tmp_path, monkeypatch):
-    from preft_core.config import AdapterError
-    from preft_hf import generation
+    from preft_core.format.config import AdapterError
+    from preft_hf.forward import generation
     from preft_hf.verify import try_adapter
 
     make_preft(make_base()).save_pretrained(tmp_path / "a")

@@ -7,10 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from preft_hf.sft import TrainingPlan, TrainingResult, train
-
-from ..hf.test_trainers import samples
-from ..hf.zoo import make_base, make_preft
+from preft_hf.training.sft import TrainingPlan, TrainingResult, train
+from tests.hf.training.test_trainers import samples
+from tests.hf.zoo import make_base, make_preft
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore:.*pin_memory.*")]
 NUM_STEPS, EVAL_EVERY, PATIENCE = 20, 2, 3

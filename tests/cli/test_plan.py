@@ -7,8 +7,7 @@ import pytest
 from preft_cli import planning
 from preft_cli.app import app
 from preft_core.planner import SHAPES, Shape
-
-from ..hf.zoo import make_base
+from tests.hf.zoo import make_base
 
 
 def run(*arguments: str, capsys) -> str:

@@ -8,12 +8,11 @@ import sys
 import pytest
 
 from preft_cli.app import app, main
-from preft_core.adapter import load_adapter
-from preft_core.manifest import read_manifest
-
-from ..hf.zoo import make_base, make_preft
-from ..hub.conftest import hub  # noqa: F401
-from .test_hub_commands import pytestmark, run  # noqa: F401
+from preft_core.format.adapter import load_adapter
+from preft_core.hub.manifest import read_manifest
+from tests.cli.test_hub_commands import pytestmark, run  # noqa: F401
+from tests.core.hub.conftest import hub  # noqa: F401
+from tests.hf.zoo import make_base, make_preft
 
 
 @pytest.fixture(scope="module")

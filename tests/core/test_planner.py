@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preft_core.config import AdapterConfig
-from preft_core.layout import Bucket, Site
+from preft_core.format.config import AdapterConfig
 from preft_core.planner import DEVICES, LINEAR_SETS, SHAPES, Planner, Shape, Workload
-from preft_core.slots import SlotPool
+from preft_core.pool.layout import Bucket, Site
+from preft_core.pool.slots import SlotPool
 
 H100 = DEVICES["h100"]
 SMALL = Shape("small", 32, 48, 2, 4, 2, 8, 96)

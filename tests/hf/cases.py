@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .oracle import adapted_copy, two_phase_greedy
-from .zoo import VOCABULARY, make_base, make_preft
+from tests.hf.oracle import adapted_copy, two_phase_greedy
+from tests.hf.zoo import VOCABULARY, make_base, make_preft
 
 NEW_TOKENS = 8
 GREEDY = {

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from preft_hf.caches import cache_argument, cache_of
+from preft_hf.forward.caches import cache_argument, cache_of
 
 
 def adapted_copy(base: PreTrainedModel, method: str, weights: dict[str, Tensor], scaling: float) -> PreTrainedModel:

@@ -10,15 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from preft_core import ops
-from preft_core.adapter import AdapterConfig, AdapterError, load_adapter, save_adapter
-from preft_core.layout import Bucket
+from preft_core.format.adapter import AdapterConfig, AdapterError, load_adapter, save_adapter
+from preft_core.pool.layout import Bucket
 from preft_hf import PreftConfig, PreftPool
-
-from .cases import GREEDY, prompt, run_together
-from .crowd import BASE, NAMES, crowd, prompts
-from .oracle import adapted_copy, two_phase_greedy
-from .test_adapter_names import check
-from .zoo import make_base, make_preft
+from tests.hf.cases import GREEDY, prompt, run_together
+from tests.hf.forward.test_adapter_names import check
+from tests.hf.many_adapters import BASE, NAMES, crowd, prompts
+from tests.hf.oracle import adapted_copy, two_phase_greedy
+from tests.hf.zoo import make_base, make_preft
 
 NUM_ADAPTERS, NUM_SLOTS = 512, 64
 

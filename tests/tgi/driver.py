@@ -16,7 +16,7 @@ import grpc
 from text_generation_server.pb import generate_pb2 as pb
 from text_generation_server.pb import generate_pb2_grpc as pb_grpc
 
-from tgi_patch.control import ask
+from tgi_patch.server.control import ask
 
 BLOCK = {"paged": 16, "flashdecoding-ipex": 64}
 NUM_BLOCKS = 256

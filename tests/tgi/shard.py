@@ -12,8 +12,9 @@ import sys
 import torch
 from text_generation_server.models.flash_causal_lm import FlashCausalLM
 
-from tgi_patch import engine, launch, layers
-from tgi_patch.routing import PrefillRows
+from tgi_patch import launch
+from tgi_patch.server import engine, layers
+from tgi_patch.server.routing import PrefillRows
 
 
 def in_float32(original):

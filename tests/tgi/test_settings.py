@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from preft_core.layout import Bucket
+from preft_core.pool.layout import Bucket
 from tgi_patch import patches
 from tgi_patch.settings import FIXES, SettingsError, parse_adapters, read_settings
 
@@ -79,7 +79,7 @@ def test_the_grammar_of_tgi():
 def test_the_docs_name_every_variable_fix_and_seam():
     root = Path(__file__).parents[2]
     docs = (root / "docs" / "tgi.md").read_text()
-    source = (root / "src" / "tgi_patch" / "settings.py").read_text()
+    source = (root / "tgi_patch" / "settings.py").read_text()
     variables = set(re.findall(r"PREFT_[A-Z_]+", source)) - {"PREFT_TGI_PYTHON", "PREFT_CACHE"}
     targets = {seam.target.rpartition(":")[2] for seam in patches.SEAMS}
     missing = [name for name in sorted(variables | set(FIXES) | targets) if f"`{name}" not in docs]

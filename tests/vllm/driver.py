@@ -84,7 +84,7 @@ def names_without_last_layer(worker, place: str) -> list[str]:
     """Returns what a worker takes of an adapter when the last layer is with another worker of the pipeline."""
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    from preft_core.adapter import load_adapter
+    from preft_core.format.adapter import load_adapter
     from preft_vllm.adapters import to_vllm
     from preft_vllm.stamp import Stamp
 
@@ -136,11 +136,11 @@ def in_child(folder: Path) -> NoReturn:
 
 
 def run(job: dict) -> dict:
+    from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     from preft_vllm import plugin
-    from preft_vllm.front import DIRECTORY
-    from vllm import LLM, SamplingParams
+    from preft_vllm.api_server import DIRECTORY
 
     defaults = {
         "dtype": "float32",

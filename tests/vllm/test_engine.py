@@ -5,15 +5,14 @@ import shutil
 
 import pytest
 import torch
+
 from benchmarks import vllm_engine
-
-from preft_core.transform import to_lora
-
-from ..hf.crowd import BASE
-from ..hf.oracle import two_phase_greedy
-from ..hf.zoo import make_base, make_preft
-from ..tgi.world import some_ids
-from .world import check, make_world, run
+from preft_core.format.plain_lora import to_lora
+from tests.hf.many_adapters import BASE
+from tests.hf.oracle import two_phase_greedy
+from tests.hf.zoo import make_base, make_preft
+from tests.tgi.server_process import some_ids
+from tests.vllm.engine_process import check, make_world, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 NAMES = ["turn", None, "wide", "edit", "few", "sixth", None, "stable"]

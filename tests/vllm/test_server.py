@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ..hf.zoo import make_base, make_preft
-from ..tgi.world import some_ids
-from .world import make_world, server
+from tests.hf.zoo import make_base, make_preft
+from tests.tgi.server_process import some_ids
+from tests.vllm.engine_process import make_world, server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -12,19 +12,18 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, is_grad_enabled
 
 from preft_core.ops import cpu
-from preft_core.ops.reference import direft_update, lora_update, loreft_update, orthonormal_rows
-from preft_core.tokens import Segments
-
-if TYPE_CHECKING:
-    from preft_core.layout import Weights
+from preft_core.ops.reference import direft_update, lora_update, loreft_update
+from preft_core.ops.weights import Weights
+from preft_core.orthonormal import orthonormal_rows
+from preft_core.rule.tokens import Segments
 
 __all__ = [
+    "Weights",
     "add_direft_",
     "add_lora_",
     "direft_update",
@@ -82,7 +81,7 @@ def lora_linear(
         return _implementation(x_TD.device.type).lora_linear(x_TD, weight_ND, a_SLRD, b_SNR, widths, segments)
 
 
-def warm_up(weights: "Iterable[Weights]") -> int:
+def warm_up(weights: Iterable[Weights]) -> int:
     """Compiles on a CUDA device what batches of adapters with these weights can need, before a request waits for it.
 
     Args:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from preft_core.ops import reference
-from preft_core.tokens import Segments
+from preft_core.rule.tokens import Segments
 
 MIN_SPANS_FOR_BMM = 4
 MAX_RANK_FOR_BMM = 32

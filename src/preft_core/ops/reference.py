@@ -5,11 +5,11 @@ The updates of one adapter are differentiable and serve training; `add_..._` cha
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from preft_core.tokens import Segments
+from preft_core.orthonormal import orthonormal_rows
+from preft_core.rule.tokens import Segments
 
 
 def lora_update(x_TD: Tensor, a_RD: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
@@ -60,17 +60,6 @@ def loreft_update(h_TD: Tensor, a_RD: Tensor, r_RD: Tensor, bias_R: Tensor) -> T
     """
     q_RD = orthonormal_rows(r_RD)
     return linear(linear(h_TD, a_RD - q_RD, bias_R), q_RD.T)
-
-
-def orthonormal_rows(r_RD: Tensor) -> Tensor:
-    """Returns Q (R, D) with orthonormal rows that span the rows of r, in r's dtype; float32 or better inside.
-
-    Q is the transposed factor of the QR decomposition of r^T with a positive diagonal, which makes it unique: a matrix
-    whose rows are orthonormal already comes back as it is, up to rounding. Rows must be linearly independent.
-    """
-    factor_DR, triangle_RR = torch.linalg.qr(r_RD.T.to(torch.promote_types(r_RD.dtype, torch.float32)))
-    sign_R = torch.where(triangle_RR.diagonal() < 0, -1.0, 1.0)
-    return (factor_DR * sign_R).T.to(r_RD.dtype)
 
 
 def add_lora_(

@@ -17,7 +17,7 @@ from torch import Tensor
 from preft_core.ops import reference
 from preft_core.ops.kernels import expand_kernel, shrink_kernel
 from preft_core.ops.launch import Launch, launch_for, power_of_two
-from preft_core.tokens import Segments
+from preft_core.rule.tokens import Segments
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_PARTS = 3

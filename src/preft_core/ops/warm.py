@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from preft_core.layout import Weights
 from preft_core.ops import triton as ops
 from preft_core.ops.launch import tile_counts
-from preft_core.tiles import TILE_ROWS
-from preft_core.tokens import Segments
+from preft_core.ops.weights import Weights
+from preft_core.rule.tiles import TILE_ROWS
+from preft_core.rule.tokens import Segments
 
 
 def warm_up(weights: Iterable[Weights]) -> int:

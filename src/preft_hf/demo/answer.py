@@ -24,8 +24,8 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: i
 def main(questions: str, answers: str) -> None:
     from peft import PeftModel
 
-    from preft_hf.demo.model import load_demo_model
     from preft_hf.demo.operations import compare_operations
+    from preft_hf.embedded_model import load_demo_model
 
     asked = json.loads(Path(questions).read_text())
     base, tokenizer = load_demo_model()

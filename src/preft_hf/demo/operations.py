@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preft_hf.caches import cache_argument, cache_of
+from preft_hf.forward.caches import cache_argument, cache_of
 
 
 class _Counting(TorchDispatchMode):

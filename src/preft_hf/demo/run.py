@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from preft_hf.data import Sample, Turn, encode_turns
 from preft_hf.demo.answer import answer
 from preft_hf.demo.cities import ATTRIBUTION, Row, city_rows, field_accuracy, num_right_fields
-from preft_hf.demo.model import DemoModelError, load_demo_model
 from preft_hf.demo.report import write_report
-from preft_hf.sft import TrainingPlan, evaluate, train
+from preft_hf.embedded_model import DemoModelError, load_demo_model
+from preft_hf.training.data import Sample, Turn, encode_turns
+from preft_hf.training.sft import TrainingPlan, evaluate, train
 
 NUM_SHOWN = 6
 DEFAULT_LEARNING_RATES = {"lora": 3e-3, "direft": 3e-3, "loreft": 3e-3}
@@ -100,7 +100,7 @@ def _finetune(
     import torch
     from peft import get_peft_model
 
-    from preft_hf import PreftConfig
+    from preft_hf.config import PreftConfig
 
     torch.manual_seed(plan.seed)
     model = get_peft_model(base, PreftConfig(method=plan.method, r=plan.rank, task_type="CAUSAL_LM"))  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""The header of a safetensors file, read and checked before any tensor is allocated."""
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from preft_core.format.config import AdapterError, parse_json
+
+HEADER_START_BYTES = 8
+MAX_HEADER_BYTES = 64 << 20
+MAX_FILE_BYTES = 16 << 30
+MAX_TENSORS = 1 << 17
+MAX_FAULTS = 20
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in the file: begin and end are bytes after the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: str | Path) -> dict[str, TensorInfo]:
+    """Returns what the file says about its tensors, by name.
+
+    Source: the safetensors format: 8 bytes little-endian header length, the header as JSON, the tensors' bytes.
+
+    Raises:
+        AdapterError: the file is truncated or too long, its header is too large or no JSON, a dtype is not F32, F16 or
+            BF16, or the tensors overlap, leave gaps or do not have the size of their shape.
+    """
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as reader:
+            length = header_length(reader.read(HEADER_START_BYTES), size, str(file))
+            text = reader.read(length)
+    except OSError as error:
+        raise AdapterError(
+            f"{file} cannot be read: {error.strerror}; give the directory of a saved adapter"
+        ) from error
+    return parse_header(text, size, str(file))
+
+
+def header_length(start: bytes, size: int, name: str) -> int:
+    """Returns the length of the header that the file's first 8 bytes give, having held it against the file's size.
+
+    Raises:
+        AdapterError: the file is too large, truncated, or of another kind.
+    """
+    length = struct.unpack("<Q", start)[0] if len(start) == HEADER_START_BYTES else -1
+    if size > MAX_FILE_BYTES:
+        raise AdapterError(f"{name} has {size} bytes: at most {MAX_FILE_BYTES} are read")
+    if not 0 < length <= min(MAX_HEADER_BYTES, size - HEADER_START_BYTES):
+        raise AdapterError(
+            f"{name} has {size} bytes and says that {length} of them are its header (at most {MAX_HEADER_BYTES}): it "
+            "is truncated, or not a safetensors file; download it again"
+        )
+    return length
+
+
+def parse_header(text: bytes, size: int, name: str) -> dict[str, TensorInfo]:
+    """Returns the tensors of a header, given the size of the whole file.
+
+    Raises:
+        AdapterError: as in read_header.
+    """
+    header = parse_json(text, f"the header of {name}")
+    if not isinstance(header, dict):
+        raise AdapterError(f"the header of {name} is no JSON object")
+    if len(header) > MAX_TENSORS:
+        raise AdapterError(f"{name} has {len(header)} tensors: at most {MAX_TENSORS} are read")
+    faults: list[str] = []
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        faults.append("__metadata__ is no table of texts")
+    found = {tensor: _info(tensor, value, faults) for tensor, value in header.items() if tensor != "__metadata__"}
+    tensors = {tensor: info for tensor, info in found.items() if info is not None}
+    if not faults:
+        _check_layout(tensors, size - HEADER_START_BYTES - len(text), faults)
+    raise_faults(name, faults)
+    return tensors
+
+
+def _info(name: str, value: object, faults: list[str]) -> TensorInfo | None:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        faults.append(f"{name[:200]} has no dtype, shape and data_offsets")
+        return None
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        faults.append(f"{name[:200]} has dtype {str(dtype)[:20]}: allowed are {', '.join(DTYPES)}")
+        return None
+    if not _is_counts(shape, most=8) or not _is_counts(offsets, most=2) or len(offsets) != 2:
+        faults.append(f"{name[:200]} has a shape or offsets that are no counts")
+        return None
+    info = TensorInfo(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+    if info.end - info.begin != prod(info.shape) * info.dtype.itemsize:
+        faults.append(f"{name[:200]} has {info.end - info.begin} bytes, which is not the size of {dtype} {shape}")
+    return info
+
+
+def _is_counts(value: object, most: int) -> bool:
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 48 for v in value)
+
+
+def _check_layout(tensors: dict[str, TensorInfo], num_bytes: int, faults: list[str]) -> None:
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            faults.append(f"{name[:200]} begins at byte {info.begin} and the one before it ends at {position}")
+        position = info.end
+    if position != num_bytes:
+        faults.append(f"the tensors have {position} bytes and the file {num_bytes}: it is truncated or padded")
+
+
+def raise_faults(subject: str, faults: list[str]) -> None:
+    """Raises an AdapterError with the faults, if there are any; the first twenty of them in words."""
+    if faults:
+        more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise AdapterError(f"{subject}: " + "; ".join(faults[:MAX_FAULTS]) + more)

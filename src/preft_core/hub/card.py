@@ -1,0 +1,155 @@
+"""The model card of an adapter: metadata that the Hub indexes, and how to load and serve it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from preft_core.format.adapter import Adapter
+
+CARD_NAME = "README.md"
+BEGIN, END = "<!-- preft -->", "<!-- /preft -->"
+TAGS = ("peft", "prefill-only", "preft")
+METHODS = {"lora": "LoRA-P", "direft": "DiReFT-P", "loreft": "LoReFT, prefill only"}
+_TEXT = """{begin}
+
+A prefill-only adapter (PreFT, arXiv 2605.14217): it acts on the tokens of the prompt and is dropped for decoding, so
+every generated token is computed by the base model.
+
+| | |
+|---|---|
+| base model | {base} |
+| method | {method}, rank {rank}, scaling {scaling:g} |
+| adapted | {num_modules} modules{layers} |
+| parameters | {parameters:,} |
+| fingerprint | `{fingerprint}` |
+{facts}
+## Use
+
+`pip install preft-hf`, then the import that makes PEFT know its type:
+
+```python
+import preft_hf
+{load}
+```
+
+Hundreds of adapters for one model, chosen by name for each prompt:
+
+```python
+from preft_hf import PreftPool
+
+pool = PreftPool.from_pretrained(model, {{"mine": {place}}})
+model.generate(**inputs, adapter_names=["mine", "__base__"])
+```
+
+Without `preft_hf` PEFT, TGI and vLLM refuse this adapter: on every token it would be another one.
+
+{end}
+"""
+_LOAD = """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained({place})"""
+# PEFT would look for the base model in a folder of that name too
+_LOAD_FOLDER = """from huggingface_hub import snapshot_download
+from peft import AutoPeftModelForCausalLM
+
+folder = snapshot_download("{repository}", allow_patterns=["{subfolder}/*"]) + "/{subfolder}"
+model = AutoPeftModelForCausalLM.from_pretrained({place})"""
+
+
+def read_card(file: Path, name: str | None = None) -> str | None:
+    """Returns the text of a card whose metadata can be read, None if the file is not there.
+
+    Args:
+        name: what an error calls the file
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8, or its metadata are no YAML table.
+    """
+    name = name or str(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} cannot be read: {error}; write it in UTF-8, or take it away") from error
+    _parsed(text, name)
+    return text
+
+
+def model_card(
+    adapter: Adapter,
+    existing: str | None = None,
+    *,
+    repository: str = "this repository",
+    subfolder: str = "",
+    license: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """Returns the card of an adapter, with valid Hub metadata.
+
+    Args:
+        existing: a card whose own text and metadata are kept; our part of it is renewed
+        repository: its id, where it is known
+        subfolder: of the repository, where the adapter's files are
+        license: of the base model, as the Hub spells it
+        facts: lines for the table, such as training data and metrics
+    Raises:
+        ValueError: an existing card whose metadata are no YAML table.
+    """
+    card = _parsed(existing, CARD_NAME) if existing else ModelCard.from_template(ModelCardData())
+    text = card.text if existing else ""
+    config, base = adapter.config, _base(adapter)
+    data = card.data
+    if base is not None:
+        data["base_model"] = base
+        data["base_model_relation"] = "adapter"
+    data["library_name"] = "peft"
+    data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
+    tags = list(data.get("tags") or [])
+    data["tags"] = tags + [tag for tag in (*TAGS, f"preft-{config.method}") if tag not in tags]
+    if license is not None and not data.get("license"):
+        data["license"] = license
+    layers = f" of {len(config.layers_to_transform)} layers" if config.layers_to_transform else ""
+    place = "folder" if subfolder else f'"{repository}"'
+    ours = _TEXT.format(
+        begin=BEGIN,
+        end=END,
+        base=f"`{base}`" if base else "not recorded",
+        method=METHODS[config.method],
+        rank=config.r,
+        scaling=config.scaling,
+        num_modules=len(adapter.modules()),
+        layers=layers,
+        parameters=adapter.num_parameters,
+        fingerprint=adapter.fingerprint,
+        facts="".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in (facts or {}).items()),
+        load=(_LOAD_FOLDER if subfolder else _LOAD).format(repository=repository, subfolder=subfolder, place=place),
+        place=place,
+    )
+    kept = re.sub(f"{BEGIN}.*?{END}\n?", "", text, flags=re.DOTALL).strip()
+    card.text = f"\n{kept or '# Prefill-only adapter'}\n\n{ours}"
+    return str(card)
+
+
+def _parsed(text: str, name: str) -> ModelCard:
+    try:
+        return ModelCard(text, ignore_metadata_errors=False)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the metadata of {name}, between --- and ---, are no YAML table of a model card: {reason}; mend them, or "
+            "take them away"
+        ) from error
+
+
+def _base(adapter: Adapter) -> str | None:
+    """Returns the base model's id; a path on somebody's machine is nothing to publish."""
+    base = adapter.config.base_model_name_or_path
+    return base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,251 @@
+"""One adapter per row: names given with a batch, followed through its generation to the rows of each forward."""
+
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preft_core.pool.layout import Bucket
+from preft_core.pool.slots import BASE_NAME, Lease, Slot, SlotPool, unknown_names
+from preft_core.rule.tokens import BASE, Segments, Span
+from preft_hf.forward.calls import Calls
+from preft_hf.forward.per_thread import PerThread
+from preft_hf.layers.linear import PreftLayer
+from preft_hf.layers.phase import Phase, RoutedRows, SharedPhase
+
+
+class _ThreadState(PerThread):
+    def __init__(self) -> None:
+        self.declared: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class RoutedSpan:
+    """Consecutive prefill tokens of a packed forward, begin <= token < end, and the name of their adapter."""
+
+    name: str
+    begin: int
+    end: int
+
+
+def routed_rows(
+    spans: Sequence[RoutedSpan], pinned: Mapping[str, Slot], shape: tuple[int, int], device: torch.device
+) -> RoutedRows:
+    """Returns the phase of a packed forward of (1, length) tokens. Those not pinned are the layers' own."""
+
+    def segments(numbers: Mapping[str, int], device: torch.device | str) -> Segments:
+        found = [Span(numbers.get(span.name, BASE), span.begin, span.end) for span in spans]
+        return Segments.of_spans(found, shape[0] * shape[1], device)
+
+    held = sorted({span.name for span in spans} - set(pinned))
+    groups = segments({name: i for i, name in enumerate(held)}, "cpu").groups
+    rows = {held[g.slot]: g.rows if isinstance(g.rows, slice) else g.rows.to(device) for g in groups}
+    pooled = {
+        bucket: segments({slot.name: slot.index for slot in pinned.values() if slot.bucket == bucket}, device)
+        for bucket in sorted({slot.bucket for slot in pinned.values()})
+    }
+    return RoutedRows(shape, rows, pooled)
+
+
+class RowAdapters:
+    """The adapters of one batch of prompts.
+
+    Adapters of a pool are pinned from the first forward that needs them until `release`, which a generation calls when
+    its prompts are in the cache. Pinning them again after that gets the same adapters or an error.
+    """
+
+    def __init__(self, names: Sequence[str], pool: SlotPool | None, held: set[str], calls: Calls):
+        self.names = list(names)
+        self._pool, self._calls = pool, calls
+        self._pooled = {name for name in names if name not in held and name != BASE_NAME}
+        self._lease: Lease | None = None
+        self._fingerprints: dict[str, str] | None = None
+
+    def phase(self, prefill: SharedPhase, shape: tuple[int, int], device: torch.device) -> Phase:
+        """Returns the phase of a forward of (batch, length) tokens, given which of them are prefill.
+
+        Raises:
+            ValueError: batch is no multiple of the number of names. Beams and returned sequences repeat each prompt's.
+        """
+        batch, length = shape
+        if batch % len(self.names):
+            raise ValueError(
+                f"adapter_names has {len(self.names)} names for a batch of {batch} rows: give one name per prompt"
+            )
+        names = [name for name in self.names for _ in range(batch // len(self.names))]
+        if prefill is False or all(name == BASE_NAME for name in names):
+            return False
+        self._pin()
+        mask = None if prefill is True else prefill.mask
+        pinned = self._lease.slots if self._lease is not None else {}
+        held = sorted(set(names) - self._pooled - {BASE_NAME})
+        numbers = {name: i for i, name in enumerate(held)}
+        groups = _segments([numbers.get(name, BASE) for name in names], mask, length, torch.device("cpu")).groups
+        rows = {held[g.slot]: g.rows if isinstance(g.rows, slice) else g.rows.to(device) for g in groups}
+        pooled = {}
+        for bucket in sorted({slot.bucket for slot in pinned.values()}):
+            slots = [_index(pinned, name, bucket) for name in names]
+            pooled[bucket] = _segments(slots, mask, length, device)
+        return RoutedRows((batch, length), rows, pooled)
+
+    def release(self) -> None:
+        """Unpins: the forwards that follow do not need these adapters. Does nothing if none is pinned."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+
+    def _pin(self) -> None:
+        if self._lease is not None or not self._pooled:
+            return
+        assert self._pool is not None
+        lease = self._pool.acquire(self._pooled, idle=self._calls.sweep)
+        found = {name: slot.fingerprint for name, slot in lease.slots.items()}
+        if self._fingerprints not in (None, found):
+            lease.release()
+            raise RuntimeError(
+                f"one of the adapters {', '.join(sorted(found))} was replaced while a generation used it: its prompt "
+                "would be made by two adapters; generate again"
+            )
+        self._lease, self._fingerprints = lease, found
+
+
+class Routing:
+    """Knows a model's adapters by name, those that its layers hold and those of its pool.
+
+    Attributes:
+        calls: the model's forwards under way, which have adapters pinned
+        pool: set and removed by PreftPool
+    """
+
+    def __init__(self, layers: list[PreftLayer], calls: Calls):
+        self._layers = layers
+        self.calls = calls
+        self._thread = _ThreadState()
+        self._lock = threading.Lock()
+        self._num_declaring = 0
+        self.pool: SlotPool | None = None
+
+    @property
+    def disabled(self) -> bool:
+        """True while the model's adapters are disabled, those of a pool and those that rows name included."""
+        return bool(self._layers) and all(layer.disable_adapters for layer in self._layers)
+
+    @property
+    def declared(self) -> list[str] | None:
+        """The names that PEFT's forward or generate was given in this thread."""
+        # Names read in traced code would be a guard, so it leaves the graph where any thread declares some.
+        return self._read() if self._num_declaring else None  # pyright: ignore[reportAttributeAccessIssue]
+
+    @contextmanager
+    def declare(self, names: list[str] | None) -> Iterator[None]:
+        """Says the adapter of each row for the call inside, where PEFT leaves no argument to say it."""
+        if names is None and not self._num_declaring:
+            yield
+            return
+        before = self._write(names)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            self._write(before)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.compiler.disable
+    def _read(self) -> list[str] | None:
+        return self._thread.declared
+
+    @torch.compiler.disable
+    def _write(self, names: list[str] | None) -> list[str] | None:
+        before, self._thread.declared = self._thread.declared, names
+        with self._lock:
+            self._num_declaring += (names is not None) - (before is not None)
+        return before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self._layers, "pool": self.pool, "calls": self.calls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # in two steps, since layers and model refer to each other
+        self.__init__(state["layers"], state["calls"])
+        self.pool = state["pool"]
+
+    def held(self) -> set[str]:
+        """Returns the names of the adapters that the model's layers hold."""
+        return {name for layer in self._layers for name in layer.preft_A}
+
+    def of(self, names: Sequence[str], training: bool) -> RowAdapters:
+        """Returns the adapters of a batch, having checked their names.
+
+        Raises:
+            TypeError: names is no list or tuple of strings.
+            ValueError: an unknown name, no name at all, or a model in train mode.
+        """
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names is {names!r}: give a list with one name per prompt")
+        if not names:
+            raise ValueError(f"adapter_names is empty: give one name per prompt, {BASE_NAME!r} for the base model")
+        if training:
+            raise ValueError("adapter_names was given in train mode, and is for inference: call model.eval() first")
+        held = self.held()
+        known = held | set(self.pool.names() if self.pool is not None else ())
+        unknown = sorted(set(names) - known - {BASE_NAME})
+        if unknown:
+            raise ValueError(unknown_names(unknown, known))
+        return RowAdapters(names, self.pool, held, self.calls)
+
+    def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
+        """Returns the adapter of each request, having checked the names; by default the model's active adapter.
+
+        Raises:
+            TypeError, ValueError: as in `of`; not as many names as requests; no names where several are active.
+        """
+        if names is not None:
+            self.of(names, training)
+            if len(names) != num_requests:
+                raise ValueError(
+                    f"adapter_names has {len(names)} names for {num_requests} prompts: give one per prompt"
+                )
+            return list(names)
+        active = {name for layer in self._layers for name in layer.live_adapters()}
+        if len(active) > 1:
+            raise ValueError(
+                f"adapters {', '.join(sorted(active))} are active at once: continuous batching takes one adapter per "
+                "request; name it with adapter_names, or choose one with set_adapter"
+            )
+        return [*(active or {BASE_NAME})] * num_requests
+
+    def adapter_key(self, name: str) -> bytes:
+        """Returns what the KV of an adapter's prompts is known by, 16 bytes; another one once its weights change.
+
+        A weight written through `.data` or NumPy does not show in the key of an adapter that the layers hold.
+        """
+        if self.disabled:
+            return hashlib.blake2b(b"disabled", digest_size=16).digest()
+        if name not in self.held():
+            assert self.pool is not None
+            with self.pool.acquire([name], idle=self.calls.sweep) as lease:
+                return pool_key(lease.slots[name])
+        digest = hashlib.blake2b(name.encode(), digest_size=16)
+        for layer in self._layers:
+            digest.update(repr(layer.state_of(name)).encode())
+        return digest.digest()
+
+
+def pool_key(slot: Slot) -> bytes:
+    """Returns what the KV of the prompts of a pool's adapter is known by, 16 bytes."""
+    return hashlib.blake2b(f"pool {slot.fingerprint}".encode(), digest_size=16).digest()
+
+
+def _index(pinned: dict, name: str, bucket: Bucket) -> int:
+    slot = pinned.get(name)
+    return slot.index if slot is not None and slot.bucket == bucket else BASE
+
+
+def _segments(slots: Sequence[int], mask: Tensor | None, length: int, device: torch.device) -> Segments:
+    if mask is not None:
+        return Segments.of_mask(mask.to(device), slots)
+    spans: Iterable[Span] = (Span(slot, i * length, (i + 1) * length) for i, slot in enumerate(slots))
+    return Segments.of_spans(list(spans), len(slots) * length, device)

@@ -1,0 +1,74 @@
+"""For TRL's and transformers' trainers: settings that would train something else than what is served."""
+
+from typing import Any
+
+from preft_hf.training.collator import PrefillMaskCollator
+
+# they give the model rows of prompt and response without labels, and no mask that a collator adds
+UNLABELLED = frozenset(
+    f"{name}Trainer" for name in ("A2PO", "CPO", "GKD", "GOLD", "IWOPD", "OnlineDPO", "ORPO", "SDFT", "SDPO")
+)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Checks a trainer's settings before hours go into it; call it between making the trainer and `train()`.
+
+    What a forward can tell by itself (rows without a prompt, labels withheld) raises there in any case; this finds
+    what only the trainer's settings tell.
+
+    Args:
+        trainer: transformers' Trainer or one of TRL's, with a PreFT adapter on its model
+    Raises:
+        ValueError: all settings that do not fit, each with what to do.
+    """
+    args, faults = trainer.args, []
+    if getattr(args, "use_vllm", False):
+        faults.append(
+            "use_vllm is True: TRL would merge the adapter into vLLM's weights, where it acts on every token; set it "
+            "to False, so that transformers generates with the adapter on the prompt alone"
+        )
+    if getattr(trainer, "tools", None) or getattr(trainer, "environment_factory", None):
+        faults.append(
+            "tools or an environment: each call generates anew with earlier answers in the prompt, which adapts them, "
+            "and the loss is taken with them base; use single-turn prompts, one for each call"
+        )
+    if getattr(trainer, "rollout_func", None) is not None:
+        faults.append(
+            "rollout_func: completions that come from elsewhere than this model's generate need not be made as they "
+            "are served; leave it out"
+        )
+    smoothing = getattr(args, "label_smoothing_factor", 0.0)
+    withheld = bool(smoothing) or getattr(trainer, "compute_loss_func", None) is not None
+    if withheld and not isinstance(trainer.data_collator, PrefillMaskCollator):
+        found = f"label_smoothing_factor is {smoothing}" if smoothing else "compute_loss_func is set"
+        faults.append(
+            f"{found}: the labels then do not reach the model; use data_collator=PrefillMaskCollator(collator), which "
+            "passes the mask"
+        )
+    faults += _faults_of_kind(trainer, {kind.__name__ for kind in type(trainer).__mro__})
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _faults_of_kind(trainer: Any, kinds: set[str]) -> list[str]:
+    """Returns what does not fit in the way in which trainers of this kind call the model."""
+    if kinds & {"RewardTrainer", "PRMTrainer"}:
+        return [
+            "a reward model: it reads text and decodes none, so prefill-only is plain LoRA there; use peft.LoraConfig"
+        ]
+    if kinds & UNLABELLED:
+        return [
+            f"{min(kinds & UNLABELLED)} gives the model neither labels nor a mask, in training nor in evaluation, so "
+            "nothing tells prompt from response; use SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer"
+        ]
+    collator = trainer.data_collator
+    has_logits = getattr(trainer, "compute_metrics", None) is not None and not trainer.args.prediction_loss_only
+    if has_logits and "KTOTrainer" in kinds:
+        return ["compute_metrics is set: KTOTrainer makes its logits without labels and takes no mask; leave it out"]
+    if has_logits and kinds & {"SFTTrainer", "DPOTrainer"} and not isinstance(collator, PrefillMaskCollator):
+        return [
+            "compute_metrics is set: TRL makes its logits without labels; use "
+            f"data_collator=PrefillMaskCollator(collator) around a {type(collator).__name__}, which the trainer has "
+            "now, or leave compute_metrics out"
+        ]
+    return []

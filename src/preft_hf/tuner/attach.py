@@ -1,0 +1,57 @@
+"""Puts adapter layers into a base model at named places, and takes them out again."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from preft_hf.forward.hooks import ATTRIBUTE, attachment_of
+from preft_hf.layers.block import PreftBlock
+from preft_hf.layers.linear import PreftLinear
+from preft_hf.tuner.targets import features_of
+
+BLOCK = "preft"
+
+
+def linear_at(model: nn.Module, name: str) -> PreftLinear:
+    """Returns the adapter layer around the linear layer of this name, put there now if it is not there yet."""
+    target = model.get_submodule(name)
+    if isinstance(target, PreftLinear):
+        return target
+    features = features_of(target)
+    assert features is not None
+    attachment = attachment_of(model)
+    layer = PreftLinear(target, features, attachment.phase).train(target.training)
+    attachment.add_layer(layer)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+    return layer
+
+
+def block_at(model: nn.Module, name: str) -> PreftBlock:
+    """Returns the adapter layer inside the decoder layer of this name, put there now if it is not there yet."""
+    target = model.get_submodule(name)
+    block = target._modules.get(BLOCK)
+    if isinstance(block, PreftBlock):
+        return block
+    attachment = attachment_of(model)
+    block = PreftBlock(model.config.get_text_config().hidden_size, attachment.phase)  # pyright: ignore
+    attachment.add_layer(block, target.register_forward_hook(block.edit_output))
+    target.add_module(BLOCK, block.train(target.training))
+    return block
+
+
+def take_out(model: nn.Module, which: Callable[[PreftLinear | PreftBlock], bool] = lambda layer: True) -> None:
+    """Takes the chosen adapter layers out of the model; with the last of them, its hooks and its generate."""
+    attachment = model.__dict__.get(ATTRIBUTE)
+    if attachment is None:
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PreftLinear) and which(child):
+                setattr(parent, name, child.base_layer)
+                attachment.drop_layer(child)
+            elif isinstance(child, PreftBlock) and which(child):
+                delattr(parent, name)
+                attachment.drop_layer(child)
+    if not attachment.layers:
+        attachment.remove()

@@ -1,0 +1,219 @@
+"""PreftModel: puts the adapter layers and hooks into a base model, and takes them out again."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from preft_hf.config import REFERENCE_NAME, PreftConfig
+from preft_hf.forward.hooks import attachment_of, pool_of
+from preft_hf.layers.linear import MERGE_REFUSED, PreftLayer, device_of
+from preft_hf.tuner.attach import block_at, linear_at, take_out
+from preft_hf.tuner.loading import check_weights, expect_weights
+from preft_hf.tuner.pending import following, weights_follow
+from preft_hf.tuner.targets import endings, resolve
+
+
+class PreftModel(BaseTuner):
+    """A base model with PreFT adapters, as PEFT's `get_peft_model` and `PeftModel.from_pretrained` make it.
+
+    LoRA-P adapters wrap linear layers, DiReFT-P and LoReFT adapters become a child of decoder layers; several
+    adapters, of different methods too, live side by side. A hook on the base model decides which tokens of each
+    forward are prefill, and its `generate` adapts the prompt only. See arXiv 2605.14217.
+    """
+
+    prefix = "preft_"
+    tuner_layer_cls = PreftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        check_model(model)
+        # PeftModel passes a dict and loads through PEFT; a bare config comes from transformers' load_adapter.
+        bare = isinstance(peft_config, PreftConfig) and peft_config.from_file
+        with following(bare or weights_follow()):
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        if isinstance(peft_config, PreftConfig) and bare:
+            expect_weights(model, peft_config, adapter_name)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Adds an adapter to the model, after checking that name, config and model fit. See BaseTuner."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, PreftConfig)
+        check_adapter_name(adapter_name, model)
+        pool = pool_of(model)
+        if pool is not None and adapter_name in pool.names():
+            raise ValueError(f"adapter name {adapter_name!r} is one of the model's PreftPool: choose another name")
+        if state_dict is not None:
+            raise ValueError(
+                "state_dict is not supported for PreFT adapters: pass the config alone, then load weights"
+            )
+        chosen = resolve(config, model)
+        if config.revision is None and not config.from_file:
+            # the commit of a base model that came from the Hub, so that the adapter finds the same weights again
+            config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+        self._chosen = set(chosen)
+        saved = config.exclude_modules
+        targets = endings(chosen, model) if config.target_modules == "all-linear" else config.target_modules
+        self._mark(config, adapter_name)
+        # Names are resolved here, with an error where PEFT warns.
+        config.target_modules, config.exclude_modules = targets, None
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        finally:
+            config.target_modules, config.exclude_modules = targets, saved
+
+    def _mark(self, config: PreftConfig, adapter_name: str) -> None:
+        """Marks an adapter whose weights are to come, or forgets the saved weights that its config was written for."""
+        awaiting = attachment_of(self.model).awaiting
+        if config.from_file and weights_follow():
+            awaiting.add(adapter_name)
+        else:
+            awaiting.discard(adapter_name)
+            config.from_file, config.saved_fingerprint = False, None
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return key in self._chosen
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, PreftConfig)
+        if peft_config.method == "lora":
+            layer = linear_at(self.model, current_key)
+            layer.add_adapter(adapter_name, peft_config)
+            layer.train(layer.base_layer.training)
+        else:
+            block = block_at(self.model, current_key)
+            block.add_adapter(adapter_name, peft_config, device_of(target))
+            block.train(target.training)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leaves the adapter in float32, or casts it to the base model's dtype if autocast_adapter_dtype is False."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        dtype = getattr(self.model, "dtype", torch.float32)
+        for layer in attachment_of(self.model).layers:
+            for leaf in layer.adapter_layer_names:
+                parameters = getattr(layer, leaf)
+                if adapter_name in parameters:
+                    parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert isinstance(config, PreftConfig)
+        check_weights(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with attachment_of(self.model).routing.declare(kwargs.get("adapter_names")):
+            yield
+
+    def unload(self) -> nn.Module:
+        """Returns the base model as it was: layers, hooks and generate."""
+        if pool_of(self.model) is not None:
+            raise ValueError("unload: the model has a PreftPool in the same layers: close() the pool first")
+        take_out(self.model)
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError(MERGE_REFUSED)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def unmerge_adapter(self) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "PreFT adapters cannot be combined into a weighted one: keep them apart, or train one adapter on both data"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises a ValueError if the model is no decoder-only language model, or is one inside a PeftModel."""
+    kind = type(model).__name__
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        raise ValueError(
+            f"the model is a {kind}: give model.get_base_model(), which keeps the adapters of the {kind} in its layers"
+        )
+    classifies = isinstance(model, PreTrainedModel) and not model.can_generate() and not kind.endswith("ForCausalLM")
+    if classifies and "For" in kind:
+        raise ValueError(
+            f"{kind} generates no text, so it has no decode tokens: PreFT adapts decoder-only language models, the "
+            "...ForCausalLM ones; use LoRA here"
+        )
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{kind} is an encoder-decoder model, whose prompt and response go through different "
+            "halves: PreFT adapts decoder-only language models; use LoRA here"
+        )
+
+
+def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    """Raises if an adapter's name would be mistaken for a part of a weight's name.
+
+    Weights are called `<module path>.preft_A.<adapter name>`, and PEFT and transformers find an adapter's weights by
+    looking for its name between the dots.
+
+    Raises:
+        ValueError: the name has other characters than letters, digits, - and _, is part of a module's path in this
+            model, or contains the prefix of this method.
+    """
+    faults = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", adapter_name):
+        faults.append("has other characters than letters, digits, - and _, or starts with one of the last two")
+    inside = adapter_name in PreftModel.prefix and adapter_name != REFERENCE_NAME
+    if inside or PreftModel.prefix in adapter_name:
+        faults.append(f"overlaps with the prefix {PreftModel.prefix!r}")
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    own = {name for leaf in ("preft_A", "preft_B", "preft_R", "preft_bias") for name in _names_in(model, leaf)}
+    if adapter_name in parts - own or hasattr(nn.ParameterDict, adapter_name):
+        faults.append("is also part of a parameter's name in this model")
+    if faults:
+        raise ValueError(f"adapter name {adapter_name!r} {', and '.join(faults)}: choose another, such as 'adapter-1'")
+
+
+def _names_in(model: nn.Module, leaf: str) -> set[str]:
+    return {
+        name
+        for module in model.modules()
+        if isinstance(module, PreftLayer) and leaf in module.adapter_layer_names
+        for name in getattr(module, leaf)
+    }

@@ -1,0 +1,52 @@
+"""`python -m tgi_patch list | check | server | serve`, see docs/tgi.md."""
+
+import argparse
+import os
+import sys
+
+from preft_core.seam import check
+from tgi_patch import launch, patches
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tgi_patch", description="PreFT adapters for TGI 3.3.7")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="say what is replaced or relied on, and why")
+    commands.add_parser("check", help="compare the installed TGI with the table; exit status 1 if they differ")
+    run = commands.add_parser("server", help="TGI's text-generation-server, patched")
+    run.add_argument("rest", nargs=argparse.REMAINDER)
+    run = commands.add_parser("serve", help="the whole service: launcher, front door, adapters")
+    run.add_argument("rest", nargs=argparse.REMAINDER, help="options of text-generation-launcher")
+    options = parser.parse_args(arguments)
+    if options.command == "list":
+        for seam in patches.ALL:
+            kind = "replaced " if seam.replacement is not None else "relied on"
+            print(f"{kind} {seam.digest} {seam.target}\n          {seam.why}")
+        return 0
+    if options.command == "check":
+        return _check()
+    if options.command == "server":
+        launch.server(options.rest)
+        return 0
+    from tgi_patch.gateway.service import serve
+
+    return serve(options.rest)
+
+
+def _check() -> int:
+    for name, value in {"ATTENTION": "paged", "PREFIX_CACHING": "0"}.items():
+        # TGI's modules want them when they are imported
+        os.environ.setdefault(name, value)
+    faults = check(patches.ALL)
+    if faults:
+        print(f"{len(faults)} of {len(patches.ALL)} entries do not fit the installed TGI:", file=sys.stderr)
+        for fault in faults:
+            print(f"- {fault}", file=sys.stderr)
+        return 1
+    print(f"all {len(patches.ALL)} entries fit the installed TGI")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What a request that is not passed on is told."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from preft_core.format.config import AdapterError
+
+RETRY_AFTER_S = 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Why a request for an adapter is not passed on: an HTTP status and a message."""
+
+    status: int
+    message: str
+    retry_after_s: int | None = None
+
+
+class NotAccepted(Exception):
+    """A request that is answered here. `answer` says how."""
+
+    def __init__(self, answer: Answer):
+        super().__init__(answer.message)
+        self.answer = answer
+
+
+def answer_to(name: str, refusal: dict[str, Any]) -> Answer:
+    """Returns the answer to a request whose adapter a shard did not take."""
+    status = {"taken": 409, "unknown": 404, "refused": 422}.get(refusal["kind"], 503)
+    retry = RETRY_AFTER_S if status == 503 else None
+    return Answer(status, f"adapter {name!r}: {refusal['error']}", retry)
+
+
+def classified(name: str, error: AdapterError) -> Answer:
+    """Returns 404 for what the Hub does not have, 503 for a Hub that cannot be reached, 422 for a bad adapter."""
+    cause = error.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    # what huggingface_hub says when it cannot reach the Hub is an EntryNotFoundError too
+    offline = isinstance(cause, LocalEntryNotFoundError)
+    missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError))
+    if not offline and (missing or status in {401, 403}):
+        return Answer(404, f"adapter {name!r}: {error}")
+    passing = not isinstance(cause, (ValueError, KeyError, UnicodeError, FileNotFoundError, NotADirectoryError))
+    if offline or (cause is not None and passing):
+        return Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S)
+    return Answer(422, f"adapter {name!r}: {error}")

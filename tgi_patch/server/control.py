@@ -1,0 +1,112 @@
+"""How a server process takes adapters while it runs: one JSON line each way over a unix socket of its own rank."""
+
+import json
+import os
+import socket
+import socketserver
+import threading
+from pathlib import Path
+from typing import Any
+
+from preft_core.format.config import AdapterError, HubError
+from tgi_patch.server.registry import AdapterTaken, Registry, UnknownAdapter
+from tgi_patch.settings import private_directory
+
+MAX_LINE = 1 << 20
+KINDS = {HubError: "failed", AdapterError: "refused", AdapterTaken: "taken", UnknownAdapter: "unknown"}
+
+
+def socket_path(directory: Path, rank: int) -> Path:
+    """Returns the socket of a rank."""
+    return directory / f"shard-{rank}.sock"
+
+
+class ControlServer:
+    """Answers on a unix socket that only this user may open. Its threads end with the process.
+
+    A request is {"op": "add", "name": ..., "location": ...}, {"op": "remove", "name": ...}, {"op": "list"},
+    {"op": "faults"} or {"op": "statistics"}. An answer is {"ok": true, ...} or
+    {"ok": false, "kind": ..., "error": ...}.
+    """
+
+    def __init__(self, directory: Path, rank: int, registry: Registry):
+        self.path = socket_path(private_directory(directory), rank)
+        self.path.unlink(missing_ok=True)
+        # a path of a unix socket has at most 107 bytes
+        if len(os.fsencode(self.path)) > 107:
+            raise ValueError(f"PREFT_CONTROL_DIR: {self.path} is too long for a socket; choose a shorter directory")
+        self._server = _Server(str(self.path), _Handler)
+        self._server.registry = registry
+        self.path.chmod(0o600)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="preft-control", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self.path.unlink(missing_ok=True)
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    registry: Registry
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        while line := self.rfile.readline(MAX_LINE):
+            try:
+                request = json.loads(line)
+                if not isinstance(request, dict):
+                    raise ValueError("a request is one JSON object")
+                assert isinstance(self.server, _Server)
+                answer = {"ok": True, **answer_to(self.server.registry, request)}
+            except tuple(KINDS) as error:
+                kind = next(kind for of, kind in KINDS.items() if isinstance(error, of))
+                answer = {"ok": False, "kind": kind, "error": str(error)}
+            except (ValueError, KeyError, TypeError) as error:
+                answer = {"ok": False, "kind": "refused", "error": f"{type(error).__name__}: {error}"}
+            except OSError as error:
+                # a full disk, a file that went away
+                answer = {"ok": False, "kind": "failed", "error": str(error)}
+            self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+
+def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
+    """Does what a request asks for and returns the answer's fields.
+
+    Raises:
+        ValueError: no such operation, or what the registry raises.
+        KeyError: a field is missing.
+    """
+    operation = request["op"]
+    if operation == "add":
+        registry.add(str(request["name"]), str(request["location"]))
+        return {}
+    if operation == "remove":
+        registry.remove(str(request["name"]))
+        return {}
+    if operation == "list":
+        return {"adapters": registry.adapters()}
+    if operation == "faults":
+        return {"faults": registry.faults()}
+    if operation == "statistics":
+        return {"statistics": registry.statistics()}
+    raise ValueError(f"op is {operation!r}: add, remove, list, faults or statistics")
+
+
+def ask(directory: Path, rank: int, request: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
+    """Sends one request to a rank and returns its answer.
+
+    Raises:
+        OSError: nobody listens, or no answer in time.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_s)
+        connection.connect(str(socket_path(directory, rank)))
+        with connection.makefile("rwb") as stream:
+            stream.write(json.dumps(request).encode() + b"\n")
+            stream.flush()
+            return json.loads(stream.readline(64 * MAX_LINE))

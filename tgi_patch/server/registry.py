@@ -1,0 +1,280 @@
+"""The adapters that one server process knows, by id, and who still needs one that was removed."""
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preft_core.format.adapter import Adapter, AdapterConfig, AdapterError
+from preft_core.hub.source import AdapterSource, find_adapter, hub_id, same_place
+from preft_core.pool.layout import Bucket, Layout, bucket_of, check_sites
+from preft_core.pool.lease import unknown_names
+from preft_core.pool.slots import SlotPool
+from tgi_patch.server.prefixes import PrefixCache
+from tgi_patch.server.target_modules import Place, shard_adapter
+from tgi_patch.settings import Settings
+
+
+class UnknownAdapter(ValueError):
+    """No adapter has this id. A ValueError, since TGI ends the server on a RuntimeError."""
+
+
+class AdapterTaken(ValueError):
+    """An adapter of this id is there already, from another place."""
+
+
+class Ticket:
+    """A request's hold on its adapter until its prompt is in the cache. Freed with the request that it lies on."""
+
+    __slots__ = ("__weakref__", "key")
+
+    def __init__(self, key: str):
+        self.key = key
+
+
+@dataclass
+class _Known:
+    """An adapter that was checked.
+
+    Attributes:
+        key: its name in the pool, another one each time that an id is added
+        fingerprint: of the whole adapter, the same on all shards
+        fault: why its files could not be read again; empty while they could
+    """
+
+    key: str
+    location: str
+    config: AdapterConfig
+    fingerprint: str
+    fault: str = ""
+    tickets: "weakref.WeakSet[Ticket]" = field(default_factory=weakref.WeakSet)
+
+
+class Registry:
+    """Adapters by id over a slot pool. Threads may share it: requests resolve while a control thread adds and removes.
+
+    Args:
+        places: of the served model
+        settings: slots, limits, names of the base model
+        model_id: what TGI was told to serve
+        sources: id -> source, those that are known from the start
+        device, dtype: of the model
+    Attributes:
+        streamed: how often a forward found no free slot for an adapter and read it from the host
+        prefixes: the prefix cache, None where there is none
+    Raises:
+        AdapterError: an adapter that does not fit the model; all faults in one message.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        settings: Settings,
+        model_id: str,
+        sources: Mapping[str, AdapterSource],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.places = tuple(places)
+        self._settings = settings
+        self._model_id = model_id
+        self._whole = tuple(place.whole for place in places)
+        kinds = {site.kind for site in self._whole}
+        counts: dict[Bucket, int] = dict.fromkeys(settings.reserve, 0)
+        for source in sources.values():
+            bucket = bucket_of(source.config)
+            counts[bucket] = counts.get(bucket, 0) + 1
+        missing = [str(bucket) for bucket in counts if bucket.kind not in kinds]
+        if missing:
+            raise AdapterError(
+                f"{', '.join(missing)}: this model has no place for DiReFT-P in TGI, which has one in llama, phi3, "
+                "granite, mistral, qwen2, gemma2 and gemma3; serve LoRA-P adapters, or another model"
+            )
+        self.pool = SlotPool(
+            [place.local for place in places],
+            {bucket: settings.slots or min(max(count, 8), 64) for bucket, count in sorted(counts.items())},
+            device=device,
+            dtype=dtype,
+            max_host_bytes=settings.host_bytes,
+        )
+        self.layouts = {bucket: Layout(self.pool.sites, bucket) for bucket in self.pool.buckets}
+        self._known: dict[str, _Known] = {}
+        self._leaving: list[_Known] = []
+        self._number = 0
+        self.streamed = 0
+        self.prefixes: PrefixCache | None = None
+        self._lock = threading.RLock()
+        faults = []
+        for name, source in sources.items():
+            try:
+                self._add(name, source)
+            except (AdapterError, AdapterTaken) as error:
+                faults.append(f"{name!r}: {error}")
+        if faults:
+            raise AdapterError("adapters that cannot be served: " + "; ".join(faults))
+
+    def add(self, name: str, location: str) -> None:
+        """Reads, checks and keeps an adapter. Doing it twice with the same place and content is no fault.
+
+        Raises:
+            AdapterError: it cannot be had, is not what the format allows, or does not fit the model.
+            AdapterTaken: the id stands for an adapter of another place, or the directory's content is another now.
+        """
+        with self._lock:
+            known = self._known.get(name)
+        if known is None or not same_place(location, known.location):
+            self._add(name, find_adapter(location))
+        elif hub_id(known.location) is None and find_adapter(location).load().fingerprint != known.fingerprint:
+            raise AdapterTaken(f"{name!r}: {location} has other content than when it was added: remove it first")
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter. Requests whose prompt is being computed with it go on.
+
+        Raises:
+            UnknownAdapter: no adapter has this id.
+        """
+        with self._lock:
+            known = self._known.pop(name, None)
+            if known is None:
+                raise UnknownAdapter(self._unknown(name))
+            self._leaving.append(known)
+            self._sweep()
+
+    def ticket(self, name: str) -> Ticket:
+        """Returns a hold on an adapter, having made sure that its weights are on the host.
+
+        Raises:
+            UnknownAdapter: no adapter has this id.
+            AdapterError: its weights cannot be read again.
+        """
+        with self._lock:
+            self._sweep()
+            known = self._known.get(name)
+            if known is None:
+                raise UnknownAdapter(self._unknown(name))
+            ticket = Ticket(known.key)
+            known.tickets.add(ticket)
+        if known.key not in self.pool.resident():
+            try:
+                self.pool.packed(known.key)
+            except (ValueError, OSError) as error:
+                # the whole batch fails with it; the front door lets no further request come
+                known.fault = str(error)
+                raise
+        return ticket
+
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """Returns id -> facts of the known adapters."""
+        with self._lock:
+            known = dict(self._known)
+        return {
+            name: {
+                "location": entry.location,
+                "method": entry.config.method,
+                "rank": entry.config.r,
+                "base_model": entry.config.base_model_name_or_path,
+                "fingerprint": entry.fingerprint,
+            }
+            for name, entry in sorted(known.items())
+        }
+
+    def faults(self) -> dict[str, str]:
+        """Returns the ids of adapters whose files could not be read again, and why."""
+        with self._lock:
+            return {name: known.fault for name, known in self._known.items() if known.fault}
+
+    def statistics(self) -> dict[str, float]:
+        """Returns counts since the start, and sizes now, under names that a metric may have."""
+        counters = self.pool.counters()
+        resident = self.pool.resident()
+        return {
+            "adapters": len(self._known),
+            "slots": sum(self.pool.buckets.values()),
+            "slots_used": len(resident),
+            "slot_bytes": self.pool.num_bytes,
+            "host_bytes": self.pool.host_bytes,
+            "loads": counters.loads,
+            "hits": counters.hits,
+            "evictions": counters.evictions,
+            "streamed": self.streamed,
+            "load_seconds": counters.load_seconds,
+            "loaded_bytes": counters.bytes_loaded,
+            **({} if self.prefixes is None else self.prefixes.statistics()),
+        }
+
+    def _add(self, name: str, source: AdapterSource) -> None:
+        with self._lock:
+            if name in self._known:
+                raise AdapterTaken(
+                    f"{name!r} stands for {self._known[name].location} already: remove that adapter first"
+                )
+            if len(self._known) >= self._settings.max_adapters:
+                raise AdapterError(
+                    f"{len(self._known)} adapters are known, as many as PREFT_MAX_ADAPTERS allows: remove one"
+                )
+        self._check_base(source.config)
+        bucket = bucket_of(source.config)
+        if bucket not in self.pool.buckets:
+            have = ", ".join(map(str, self.pool.buckets))
+            raise AdapterError(
+                f"it needs slots for {bucket} and the server has {have}: set PREFT_RESERVE, start again"
+            )
+        first = [self._load(source)]
+        fingerprint = first[0].fingerprint
+
+        def load() -> Adapter:
+            return first.pop() if first else self._load(source)
+
+        with self._lock:
+            if name in self._known:
+                raise AdapterTaken(f"{name!r} was added meanwhile: ask again")
+            self._number += 1
+            known = _Known(f"{name}#{self._number}", source.location, source.config, fingerprint)
+            self.pool.add(known.key, source.config, load)
+        try:
+            self.pool.packed(known.key)
+        except BaseException:
+            self.pool.remove(known.key)
+            raise
+        with self._lock:
+            self._known[name] = known
+
+    def _load(self, source: AdapterSource) -> Adapter:
+        file = Path(source.fetch()) / "adapter_model.safetensors"
+        size = file.stat().st_size if file.exists() else 0
+        if size > self._settings.max_bytes:
+            raise AdapterError(
+                f"{file} has {size} bytes and PREFT_MAX_ADAPTER_BYTES is {self._settings.max_bytes}: raise it, or "
+                "train a smaller adapter"
+            )
+        adapter = source.load()
+        modules = adapter.modules().items()
+        shapes = {path: {leaf: tuple(tensor.shape) for leaf, tensor in leaves.items()} for path, leaves in modules}
+        check_sites(adapter.config, shapes, self._whole)
+        return shard_adapter(adapter, self.places)
+
+    def _check_base(self, config: AdapterConfig) -> None:
+        """Refuses an adapter of another base model; its shapes may fit all the same."""
+        base = config.base_model_name_or_path
+        accepted = (self._model_id, *self._settings.base_models)
+        if base is None or base in accepted:
+            return
+        raise AdapterError(
+            f"it was trained on {base!r} and the server has {', '.join(map(repr, accepted))}: set PREFT_BASE_MODEL to "
+            "it if the served weights are the same"
+        )
+
+    def _sweep(self) -> None:
+        """Takes removed adapters that no request needs out of the pool."""
+        done = [known for known in self._leaving if not len(known.tickets)]
+        self._leaving = [known for known in self._leaving if known not in done]
+        for known in done:
+            self.pool.remove(known.key)
+
+    def _unknown(self, name: str) -> str:
+        return unknown_names([name], self._known, "tgi")
