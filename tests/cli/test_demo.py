@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from preft_hf.demo import model as demo_model
+from preft_hf import embedded_model as demo_model
 from preft_hf.demo.operations import compare_operations
 from preft_hf.embedded_model import DemoModelError, demo_model_directory, is_cached
 from tests.cli.process import preft
