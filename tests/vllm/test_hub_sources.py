@@ -5,7 +5,6 @@ import pytest
 from preft_core.format.adapter import load_adapter
 from preft_hf.hub import push_adapter
 from preft_vllm.stamp import Directory, stamp_of
-from tests.core.hub.conftest import hub  # noqa: F401
 from tests.hf.zoo import make_base, make_preft
 from tests.vllm.test_logic import Request
 
