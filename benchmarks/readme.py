@@ -7,8 +7,8 @@ from pathlib import Path
 from benchmarks.run import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
-PAGE = README.parent / "docs" / "serving.md"
-VLLM_PAGE = README.parent / "docs" / "vllm.md"
+PAGE = README.parent / "docs" / "how-to" / "transformers.md"
+VLLM_PAGE = README.parent / "docs" / "how-to" / "vllm.md"
 VLLM_START, VLLM_END = "<!-- vllm -->\n", "<!-- /vllm -->"
 GPU_START, GPU_END = "<!-- gpu -->\n", "<!-- /gpu -->"
 SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
@@ -31,7 +31,7 @@ def put(page: Path, start: str, end: str, sections: Iterable[str]) -> None:
 
 
 def vllm_section(file: Path) -> str:
-    """Returns what docs/vllm.md shows of a run of benchmarks.vllm_engine."""
+    """Returns what docs/how-to/vllm.md shows of a run of benchmarks.vllm_engine."""
     report = json.loads(file.read_text())
     lines = ["| | decode, tokens/s | of base | quartiles | whole run, s |", "|---|---|---|---|---|"]
     for name, one in report["systems"].items():
@@ -50,7 +50,7 @@ def vllm_section(file: Path) -> str:
 
 
 def gpu_section(file: Path) -> str:
-    """Returns what docs/serving.md shows of a run of benchmarks.gpu: prompts, decode steps and whole runs."""
+    """Returns what the page on speed shows of a run of benchmarks.gpu: prompts, decode steps and whole runs."""
     report = json.loads(file.read_text())
     lines = [
         "| model | r | adapters | prompts / base: LoRA-P | DiReFT-P | decode step / base: PreFT | all-token "
@@ -91,7 +91,7 @@ def _over(times: dict | None, base: dict) -> str:
 
 
 def page_sections(many: list[Path], single: list[Path]) -> list[str]:
-    """Returns what docs/serving.md shows: every figure of many adapters, then what one attached adapter costs."""
+    """Returns what the page on speed shows: every figure of many adapters, then what one attached adapter costs."""
     return [*map(all_figures, many), "One attached adapter, against the base model:\n", *map(section, single)]
 
 

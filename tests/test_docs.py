@@ -38,7 +38,7 @@ def test_the_readmes_example(tmp_path, monkeypatch):
 
 
 def test_the_training_example():
-    (code,) = python_blocks("docs/training.md")
+    (code,) = python_blocks("docs/how-to/train.md")
     ids = prompt()
     exec(code, {"base": make_base(), "ids": ids, "labels": ids.masked_fill(torch.arange(9) < 4, -100)})
 
@@ -48,7 +48,7 @@ def test_the_serving_examples(tmp_path):
     model = make_base()
     for seed, (name, method) in enumerate({"acme": "lora", "tax": "direft"}.items()):
         make_preft(make_base(), method, seed=seed).save_pretrained(tmp_path / name)
-    first, second = python_blocks("docs/serving.md")
+    first, second = python_blocks("docs/how-to/transformers.md")
     scope = {"model": model, "acme": tmp_path / "acme", "tax": tmp_path / "tax", "prompts": {"input_ids": prompt(3)}}
     exec(first.replace("pool.close()", ""), scope)
     assert scope["answers"].shape == (3, 9 + 16)  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def test_the_serving_examples(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fingerprint_of_the_docs(tmp_path, method):
     make_preft(make_base(), method).save_pretrained(tmp_path)
-    (code,) = python_blocks("docs/format.md")
+    (code,) = python_blocks("docs/explain/format.md")
     scope: dict[str, object] = {}
     exec(code, scope)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -72,7 +72,7 @@ def test_the_fingerprint_of_the_docs(tmp_path, method):
 
 
 def test_links_point_at_files():
-    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for file in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
             assert "://" in link or (file.parent / link).exists(), f"{file.name}: {link}"
         for path in re.findall(r"`((?:src|tests|docs|benchmarks|preft_hf|preft_core)/[\w/]+\.\w+)`", file.read_text()):
@@ -85,14 +85,15 @@ def test_the_readmes_figures_are_the_committed_ones():
     many, single = sorted(readme.RESULTS.glob("many-adapters-*.json")), sorted(readme.RESULTS.glob("cpu-*.json"))
     right = {
         "README.md": [readme.many_section(file) for file in many],
-        "docs/serving.md": readme.page_sections(many, single),
+        "docs/how-to/transformers.md": readme.page_sections(many, single),
     }
     for name, sections in right.items():
         shown = (ROOT / name).read_text().partition(readme.START)[2].partition(readme.END)[0]
         assert shown == "\n".join(sections)
         assert shown
     measured = sorted(readme.RESULTS.glob("serving-*.json"))
-    shown = (ROOT / "docs/serving.md").read_text().partition(readme.GPU_START)[2].partition(readme.GPU_END)[0]
+    page = (ROOT / "docs/how-to/transformers.md").read_text()
+    shown = page.partition(readme.GPU_START)[2].partition(readme.GPU_END)[0]
     assert measured
     assert shown == "\n".join(map(readme.gpu_section, measured))
     case = {"model": "llama-3.1-8b", "rank": 16, "adapters": 512, "prompt": 64}
@@ -100,6 +101,6 @@ def test_the_readmes_figures_are_the_committed_ones():
     steps = {run["system"]: run["step"]["median"] for run in runs if case.items() <= run.items()}
     assert f"LoRA takes {steps['all-token'] / steps['base']:.2f} times the base's" in (ROOT / "README.md").read_text()
     measured = sorted(readme.RESULTS.glob("vllm-*.json"))
-    shown = (ROOT / "docs/vllm.md").read_text().partition(readme.VLLM_START)[2].partition(readme.VLLM_END)[0]
+    shown = (ROOT / "docs/how-to/vllm.md").read_text().partition(readme.VLLM_START)[2].partition(readme.VLLM_END)[0]
     assert measured
     assert shown == "\n".join(map(readme.vllm_section, measured))

@@ -1,4 +1,4 @@
-"""`python -m tgi_patch list | check | server | serve`, see docs/tgi.md."""
+"""`python -m tgi_patch list | check | server | serve`, see docs/how-to/tgi.md."""
 
 import argparse
 import os

@@ -121,7 +121,7 @@ def _transformers(found: dict) -> Finding:
 
 def _tgi(found: dict, python: str) -> Finding:
     if not found["tgi"]:
-        return Finding("TGI", "not installed", "missing", "to serve with it: docs/tgi.md")
+        return Finding("TGI", "not installed", "missing", "to serve with it: docs/how-to/tgi.md")
     if "tgi_patch" not in found["modules"]:
         return Finding("TGI", found["tgi"], "fault", "pip install --no-deps preft-hf in this environment")
     return _checked("TGI", found["tgi"], [python, "-m", "tgi_patch", "check"], "TGI 3.3.7")
@@ -129,7 +129,7 @@ def _tgi(found: dict, python: str) -> Finding:
 
 def _vllm(found: dict, python: str) -> Finding:
     if not found["vllm"]:
-        return Finding("vLLM", "not installed", "missing", "to serve with it: docs/vllm.md")
+        return Finding("vLLM", "not installed", "missing", "to serve with it: docs/how-to/vllm.md")
     if "preft_vllm" not in found["modules"] or not found["plugin"]:
         todo = "pip install preft-hf in this environment: vLLM finds the plugin by its entry point"
         return Finding("vLLM", found["vllm"], "fault", todo)

@@ -1,4 +1,4 @@
-"""An adapter on its way into a worker of vLLM: checked as docs/format.md says, then as vLLM's LoRA weights.
+"""An adapter on its way into a worker of vLLM: checked as docs/explain/format.md says, then as vLLM's LoRA weights.
 
 What stands in for vLLM's functions takes the original and returns its replacement; `patches` is the table. vLLM is
 imported inside of functions alone.
@@ -189,5 +189,6 @@ def _elsewhere(name: str, model: Any) -> bool:
 
 def _no_place(path: str, method: str, manager: Any) -> str:
     if method != "lora" and not any(name.endswith(f".{BLOCK_LEAF}") for name in manager.modules):
-        return f"method is {method}, and {type(manager.model).__name__} has no place for it in vLLM: see docs/vllm.md"
+        name = type(manager.model).__name__
+        return f"method is {method}, and {name} has no place for it in vLLM: see docs/how-to/vllm.md"
     return f"{path} is no layer that vLLM adapts in {type(manager.model).__name__}: retrain without it"

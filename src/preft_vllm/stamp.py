@@ -26,7 +26,7 @@ class Stamp:
     """A prefill-only adapter.
 
     Attributes:
-        fingerprint: of config and weights, as docs/format.md gives it
+        fingerprint: of config and weights, as docs/explain/format.md gives it
         location: a directory, or "org/name@commit"
     """
 

@@ -28,7 +28,7 @@ class HubError(AdapterError):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The facts an adapter is saved with. docs/format.md has the meaning of each field."""
+    """The facts an adapter is saved with. docs/explain/format.md has the meaning of each field."""
 
     method: str
     r: int
