@@ -1,0 +1,74 @@
+"""Hook of mkdocs: fills the reference pages from the code.
+
+A page asks with a comment: `<!-- modules preft_core.ops -->` becomes the API of each module of a folder, `<!-- fields
+preft_hf.PreftConfig -->` a table of a dataclass' fields, `<!-- commands -->` every command of `preft --help`.
+"""
+
+import ast
+import pkgutil
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from preft_cli.app import app
+
+WIDE = {"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
+MARK = re.compile(r"^<!-- (modules|fields|commands)(?: ([\w.]+))? -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Returns a page with its marks replaced."""
+    return MARK.sub(_filled, markdown)
+
+
+def _filled(mark: re.Match[str]) -> str:
+    kind, name = mark.groups()
+    if kind == "modules":
+        return "\n".join(modules(name))
+    if kind == "fields":
+        return "\n".join(fields(name))
+    return "\n".join(commands())
+
+
+def modules(package: str) -> Iterator[str]:
+    """Yields a mkdocstrings entry for a package and each of its modules."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    for name in (package, *(f"{package}.{one.name}" for one in pkgutil.iter_modules(spec.submodule_search_locations))):
+        yield f"::: {name}\n    options:\n      show_root_full_path: true\n      filters: ['!^_']\n"
+
+
+def fields(name: str) -> Iterator[str]:
+    """Yields a table of the fields of a dataclass that have a help text; it is read, not imported."""
+    module, _, class_name = name.rpartition(".")
+    spec = find_spec(module.split(".")[0])
+    assert spec is not None
+    assert spec.origin
+    file = Path(spec.origin).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    (found,) = (one for one in ast.walk(ast.parse(file.read_text())) if getattr(one, "name", "") == class_name)
+    assert isinstance(found, ast.ClassDef)
+    yield from ("| field | type | default | meaning |", "|---|---|---|---|")
+    for one in found.body:
+        if isinstance(one, ast.AnnAssign) and isinstance(one.value, ast.Call):
+            given = {keyword.arg: keyword.value for keyword in one.value.keywords}
+            cells = [f"`{ast.unparse(part)}`" for part in (one.target, one.annotation, given["default"])]
+            yield _row([*cells, ast.literal_eval(given["metadata"])["help"]])
+
+
+def commands() -> Iterator[str]:
+    """Yields a section with the help text of each command."""
+    runner = CliRunner()
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        shown = runner.invoke(app, [name, "--help"], prog_name="preft", env=WIDE).output
+        yield f"## preft {name}\n\n```text\n{shown.strip()}\n```\n"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
