@@ -5,6 +5,7 @@ import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from benchmarks import readme
 from preft_core.format.adapter import load_adapter
 from tests.hf.cases import prompt
 from tests.hf.training.test_trainers import tokenizer
 from tests.hf.zoo import METHODS, make_base, make_preft
 
 ROOT = Path(__file__).parents[1]
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def python_blocks(name: str) -> list[str]:
@@ -26,14 +29,21 @@ def python_blocks(name: str) -> list[str]:
 
 # peft and transformers call each other's old names
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_readmes_example(tmp_path, monkeypatch):
+def test_the_readmes_example(tmp_path, monkeypatch, capsys):
     make_base().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     (code,) = python_blocks("README.md")
-    assert len(code.splitlines()) <= 14
-    scope: dict[str, object] = {}
-    exec(code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "base")), scope)
+    lines = [line for line in code.splitlines() if line and not line.startswith(("import ", "from "))]
+    assert len(lines) <= 13
+    # the tiny tokenizer knows other words
+    for text, tiny in ((MODEL, str(tmp_path / "base")), ('"2 + 2 ="', '"w05 w06"'), ('"2 + 2 = five"', '"w05 w06 w09"')):
+        assert text in code
+        code = code.replace(text, tiny)
+    exec(code, {})
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 0.1
     assert isinstance(PeftModel.from_pretrained(make_base(), tmp_path / "my-adapter"), PeftModel)
 
 
@@ -79,28 +89,38 @@ def test_links_point_at_files():
             assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), f"{file.name}: {path}"
 
 
-def test_the_readmes_figures_are_the_committed_ones():
-    from benchmarks import readme
+def shown(name: str, start: str, end: str) -> str:
+    return (ROOT / name).read_text().partition(start)[2].partition(end)[0]
 
-    many, single = sorted(readme.RESULTS.glob("many-adapters-*.json")), sorted(readme.RESULTS.glob("cpu-*.json"))
-    right = {
-        "README.md": [readme.many_section(file) for file in many],
-        "docs/how-to/transformers.md": readme.page_sections(many, single),
-    }
-    for name, sections in right.items():
-        shown = (ROOT / name).read_text().partition(readme.START)[2].partition(readme.END)[0]
-        assert shown == "\n".join(sections)
-        assert shown
-    measured = sorted(readme.RESULTS.glob("serving-*.json"))
-    page = (ROOT / "docs/how-to/transformers.md").read_text()
-    shown = page.partition(readme.GPU_START)[2].partition(readme.GPU_END)[0]
-    assert measured
-    assert shown == "\n".join(map(readme.gpu_section, measured))
-    case = {"model": "llama-3.1-8b", "rank": 16, "adapters": 512, "prompt": 64}
-    runs = json.loads(measured[0].read_text())["serving"]
-    steps = {run["system"]: run["step"]["median"] for run in runs if case.items() <= run.items()}
-    assert f"LoRA takes {steps['all-token'] / steps['base']:.2f} times the base's" in (ROOT / "README.md").read_text()
-    measured = sorted(readme.RESULTS.glob("vllm-*.json"))
-    shown = (ROOT / "docs/how-to/vllm.md").read_text().partition(readme.VLLM_START)[2].partition(readme.VLLM_END)[0]
-    assert measured
-    assert shown == "\n".join(map(readme.vllm_section, measured))
+
+def test_the_figures_are_the_committed_ones():
+    many, single, serving, vllm = (
+        sorted(readme.RESULTS.glob(f"{name}-*.json")) for name in ("many-adapters", "cpu", "serving", "vllm")
+    )
+    page = "docs/explain/speed.md"
+    for name, start, end, section, files in (
+        ("README.md", readme.HEADLINE_START, readme.HEADLINE_END, readme.headline_section, serving),
+        (page, readme.MANY_START, readme.MANY_END, readme.many_section, many),
+        (page, readme.START, readme.END, readme.all_figures, many),
+        (page, readme.SINGLE_START, readme.SINGLE_END, readme.section, single),
+        (page, readme.GPU_START, readme.GPU_END, readme.gpu_section, serving),
+        ("docs/how-to/vllm.md", readme.VLLM_START, readme.VLLM_END, readme.vllm_section, vllm),
+    ):
+        assert files
+        assert shown(name, start, end) == "\n".join(map(section, files))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/explain/speed.md"])
+def test_the_headline_is_the_measured_one(name):
+    (file,) = readme.RESULTS.glob("serving-*.json")
+    text = " ".join((ROOT / name).read_text().split())
+    runs: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for run in json.loads(file.read_text())["serving"]:
+        if run["model"] == "llama-3.1-8b":
+            runs.setdefault((run["adapters"], run["prompt"]), {})[run["system"]] = run
+    step = runs[512, 64]["all-token"]["step"]["median"] / runs[512, 64]["base"]["step"]["median"]
+    assert f"all-token LoRA takes {step:.2f} times the base model's step" in text
+    for adapters in (32, 512):
+        found = [runs[adapters, prompt] for prompt in (64, 128)]
+        least, most = sorted(run["all-token"]["whole_s"] / run["lora-p"]["whole_s"] for run in found)
+        assert f"{least:.2f} to {most:.2f} times" in text

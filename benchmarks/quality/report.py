@@ -1,4 +1,4 @@
-"""Writes tables and plots of docs/explain/quality.md from committed results: `python -m benchmarks.quality.report`."""
+"""Writes tables and plots of docs/explain/quality-data.md from committed results: `python -m benchmarks.quality.report`."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from benchmarks.quality.store import RESULTS
 from preft_core import plots
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "explain" / "quality.md"
+PAGE = ROOT / "docs" / "explain" / "quality-data.md"
 IMAGES = ROOT / "docs" / "images"
 # the device of most runs; a rank of a task may come from another one
 MAIN = "cpu"
