@@ -1,4 +1,4 @@
-"""Writes tables and plots of docs/explain/quality-data.md from committed results: `python -m benchmarks.quality.report`."""
+"""Writes docs/explain/quality-data.md's tables and plots from results: `python -m benchmarks.quality.report`."""
 
 import json
 import math
