@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from tests.hf.training.test_trainers import tokenizer
 from tests.hf.zoo import METHODS, make_base, make_preft
 
 ROOT = Path(__file__).parents[1]
+RAW = "raw.githubusercontent.com"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
@@ -37,7 +39,11 @@ def test_the_readmes_example(tmp_path, monkeypatch, capsys):
     lines = [line for line in code.splitlines() if line and not line.startswith(("import ", "from "))]
     assert len(lines) <= 13
     # the tiny tokenizer knows other words
-    for text, tiny in ((MODEL, str(tmp_path / "base")), ('"2 + 2 ="', '"w05 w06"'), ('"2 + 2 = five"', '"w05 w06 w09"')):
+    for text, tiny in (
+        (MODEL, str(tmp_path / "base")),
+        ('"2 + 2 ="', '"w05 w06"'),
+        ('"2 + 2 = five"', '"w05 w06 w09"'),
+    ):
         assert text in code
         code = code.replace(text, tiny)
     exec(code, {})
@@ -82,10 +88,18 @@ def test_the_fingerprint_of_the_docs(tmp_path, method):
 
 
 def test_links_point_at_files():
+    """The README's links are absolute, so that they work on PyPI too; they name files of the main branch."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    places = urls["Repository"] + "/blob/main/", urls["Repository"].replace("github.com", RAW) + "/main/"
     for file in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
-            assert "://" in link or (file.parent / link).exists(), f"{file.name}: {link}"
-        for path in re.findall(r"`((?:src|tests|docs|benchmarks|preft_hf|preft_core)/[\w/]+\.\w+)`", file.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text()):
+            here = [link.removeprefix(place) for place in places if link.startswith(place)]
+            assert file.name != "README.md" or "://" in link
+            if here:
+                assert (ROOT / here[0]).exists(), f"{file.name}: {link}"
+            else:
+                assert "://" in link or (file.parent / link).exists(), f"{file.name}: {link}"
+        for path in re.findall(r"`((?:src|tests|docs|benchmarks|preft_\w+|tgi_patch)/[\w/]+\.\w+)`", file.read_text()):
             assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), f"{file.name}: {path}"
 
 
