@@ -17,11 +17,11 @@ STYLE = """
   .card { fill: #ffffff; stroke: #d0d7de; } text { fill: #1f2328; } .note { fill: #57606a; }
   .title { font-weight: 600; font-size: 15px; } .line { stroke: #57606a; stroke-width: 1.5; fill: none; }
   .head { fill: #57606a; } .panel { fill: none; stroke: #8c959f; stroke-dasharray: 4 4; }
-  .a { fill: #d9730d; } .b { fill: #0f7b6c; } .base { fill: #8c959f; } .in { fill: #ffffff; font-size: 12px; }
+  .a { fill: #7b4fb5; } .b { fill: #b0457a; } .base { fill: #8c959f; } .in { fill: #ffffff; font-size: 12px; }
   @media (prefers-color-scheme: dark) {
     .card { fill: #161b22; stroke: #30363d; } text { fill: #e6edf3; } .note { fill: #9da7b1; }
     .line { stroke: #9da7b1; } .head { fill: #9da7b1; } .base { fill: #6e7681; }
-    .a { fill: #c9640a; } .b { fill: #12806f; } .in { fill: #ffffff; }
+    .a { fill: #8a5fc7; } .b { fill: #b9568a; } .in { fill: #ffffff; }
   }
 """
 

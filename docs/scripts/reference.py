@@ -6,6 +6,7 @@ dataclass' fields, and `<!-- commands -->` the help of each command. Code is rea
 """
 
 import ast
+import html
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -61,8 +62,10 @@ def fields(name: str) -> Iterator[str]:
     for one in found.body:
         if isinstance(one, ast.AnnAssign) and isinstance(one.value, ast.Call):
             given = {keyword.arg: keyword.value for keyword in one.value.keywords}
-            cells = [f"`{ast.unparse(part)}`" for part in (one.target, one.annotation, given["default"])]
-            yield _row([*cells, ast.literal_eval(given["metadata"])["help"]])
+            parts = (one.target, one.annotation, given["default"])
+            # a bar would end the cell, also inside of code
+            cells = [f"<code>{html.escape(ast.unparse(part)).replace('|', '&#124;')}</code>" for part in parts]
+            yield f"| {' | '.join([*cells, ast.literal_eval(given['metadata'])['help']])} |"
 
 
 def commands() -> Iterator[str]:
@@ -83,7 +86,3 @@ def _parsed(module: str) -> ast.Module:
     assert spec.origin
     init = Path(spec.origin)
     return ast.parse((init.parent.joinpath(*rest).with_suffix(".py") if rest else init).read_text())
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
