@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import GenerationConfig
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from benchmarks import readme
 from preft_core.format.adapter import load_adapter
+from tests.core.hub.conftest import hub  # noqa: F401
 from tests.hf.cases import prompt
 from tests.hf.training.test_trainers import tokenizer
 from tests.hf.zoo import METHODS, make_base, make_preft
 
 ROOT = Path(__file__).parents[1]
 RAW = "raw.githubusercontent.com"
+# the tutorial's blocks run in tests/docs/test_tutorial.py, the others below
+RUN = {"explain/format", "get-started/tutorial", "how-to/hub", "how-to/train", "how-to/transformers"}
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
@@ -74,6 +77,31 @@ def test_the_serving_examples(tmp_path):
     scope["model"] = SimpleNamespace(generate_batch=partial(model.generate_batch, continuous_batching_config=small))
     exec(second, scope)
     assert [len(tokens) for tokens in scope["tokens"]] == [4, 4]  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_hubs_examples(hub, tmp_path):  # noqa: F811
+    """Each line on its own: push, then the three ways of loading what was pushed."""
+    make_base().save_pretrained(tmp_path / "base")
+    model = make_preft(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    (code,) = python_blocks("docs/how-to/hub.md")
+    push, *loads = code.splitlines()
+    assert len(loads) == 3
+    scope = {"model": model, "PeftModel": PeftModel, "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM}
+    commit = eval(push.partition("#")[0], scope).commit
+    expected = model.generate(input_ids=prompt(), max_new_tokens=4)
+    for line in loads:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        loaded = eval(line.partition("#")[0].replace("0123abc", commit), scope | {"base": base})
+        served = base if line.startswith("base.") else loaded
+        tokens = served.eval().generate(input_ids=prompt(), max_new_tokens=4)
+        assert tokens.tolist() == expected.tolist(), line
+
+
+def test_every_page_with_python_is_run():
+    run = {"README.md", *(f"docs/{name}.md" for name in RUN)}
+    found = {str(file.relative_to(ROOT)) for file in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+    assert {name for name in found if python_blocks(name)} == run
 
 
 @pytest.mark.parametrize("method", METHODS)
