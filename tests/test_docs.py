@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,11 @@ def test_links_point_at_files():
                 assert "://" in link or (file.parent / link).exists(), f"{file.name}: {link}"
         for path in re.findall(r"`((?:src|tests|docs|benchmarks|preft_\w+|tgi_patch)/[\w/]+\.\w+)`", file.read_text()):
             assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), f"{file.name}: {path}"
+
+
+def test_the_picture_is_what_its_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "scripts" / "draw_method.py"))
+    assert script["FILE"].read_text() == script["picture"]()
 
 
 def shown(name: str, start: str, end: str) -> str:
