@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from preft_hf.forward.label_checks import GAP, IGNORED_LABEL, check_loss, check_prompts, gaps_in_responses, shaped
 from preft_hf.layers.phase import SharedPhase, declared_phase, phase_of_mask
 
+MASK_COLUMN = "prefill_mask"
 STEPS = frozenset({"compute_loss", "prediction_step", "training_step"})
 
 
@@ -46,6 +47,7 @@ class LabelsRule:
 
     def __init__(self, model: nn.Module):
         self._gaps = GapWarning(end_tokens(model))
+        self._known_datasets: set[int] = set()
 
     def phase(self, values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
         """Returns the phase of a forward that was given labels and no prefill_mask.
@@ -62,16 +64,32 @@ class LabelsRule:
                 f"labels have shape {tuple(labels.shape)} and the tokens {shape}: the prompt is read from labels of "
                 f"the tokens' shape with {IGNORED_LABEL} on the prompt; pass prefill_mask for labels of another kind"
             )
-        if not torch.compiler.is_compiling() and declared_phase() is not None:
-            raise ValueError(
-                "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
-            )
+        if not torch.compiler.is_compiling():
+            if declared_phase() is not None:
+                raise ValueError(
+                    "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one "
+                    "out"
+                )
+            self._check_column()
         mask = mask_from_labels(labels, attention_mask if isinstance(attention_mask, Tensor) else None)
         positions, ids = values.get("position_ids"), values.get("input_ids")
         mask = check_prompts(check_loss(mask, values), labels, attention_mask, positions, ids, self._gaps.ends)
         if not torch.compiler.is_compiling():
             self._gaps.check(mask, labels, positions, ids)
         return phase_of_mask(mask)
+
+    def _check_column(self) -> None:
+        """Raises a ValueError if a Trainer dropped the mask that its dataset has. Looks once at each dataset."""
+        step = _step()
+        if step is None:
+            return
+        trainer, is_evaluation = step
+        dataset = trainer.eval_dataset if is_evaluation else trainer.train_dataset
+        if id(dataset) in self._known_datasets:
+            return
+        if has_mask_column(dataset):
+            raise ValueError(dropped_column(trainer))
+        self._known_datasets.add(id(dataset))
 
 
 def end_tokens(model: Any) -> list[int]:
@@ -102,17 +120,45 @@ def mask_from_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 def trainer_of_step() -> str | None:
     """Returns the class of the transformers Trainer whose step runs in this thread; None outside of one.
 
+    torch.compile keeps what it finds when it traces.
+    """
+    step = _step()
+    return None if step is None else type(step[0]).__name__
+
+
+def _step() -> tuple[Any, bool] | None:
+    """Returns the Trainer whose step runs in this thread and whether it is a step of evaluation; None outside of one.
+
     A Trainer has no argument, attribute or event that says so to a model, hence the look at the callers. Callbacks and
-    metrics run outside of the steps. torch.compile takes the answer of the time when it traces.
+    metrics run outside of the steps.
     """
     trainers = sys.modules.get("transformers.trainer")
-    if trainers is None:
-        return None
-    frame = sys._getframe(1)
-    while frame is not None:
+    frame, found = sys._getframe(1), None
+    while trainers is not None and frame is not None:
         if frame.f_code.co_name in STEPS:
             owner = frame.f_locals.get("self")
             if isinstance(owner, trainers.Trainer):
-                return type(owner).__name__
+                # compute_loss runs in both kinds of step
+                found = owner, frame.f_code.co_name == "prediction_step"
         frame = frame.f_back
-    return None
+    return found
+
+
+def has_mask_column(dataset: Any) -> bool:
+    """Returns whether a dataset, or one of a dict of datasets, has a column prefill_mask."""
+    if isinstance(dataset, Mapping):
+        return any(has_mask_column(part) for part in dataset.values())
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        columns = dataset[0]
+    return isinstance(columns, (Mapping, Sequence)) and MASK_COLUMN in columns
+
+
+def dropped_column(trainer: Any) -> str:
+    """Returns what is said of a prefill_mask column that does not reach the model."""
+    kind, collator = type(trainer).__name__, type(trainer.data_collator).__name__
+    return (
+        f"the dataset has a column {MASK_COLUMN} that {kind} and its {collator} do not pass to the model: set "
+        "remove_unused_columns=False and data_collator=PrefillMaskCollator(collator), around a collator for the other "
+        "columns; or remove the column, to train by the labels"
+    )

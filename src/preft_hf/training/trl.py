@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from preft_hf.forward.labels import dropped_column, has_mask_column
 from preft_hf.training.collator import PrefillMaskCollator
 
 # they give the model rows of prompt and response without labels, and no mask that a collator adds
@@ -45,6 +46,9 @@ def check_trainer(trainer: Any) -> None:
             f"{found}: the labels then do not reach the model; use data_collator=PrefillMaskCollator(collator), which "
             "passes the mask"
         )
+    keeps = args.remove_unused_columns is False and isinstance(trainer.data_collator, PrefillMaskCollator)
+    if not keeps and any(has_mask_column(getattr(trainer, name, None)) for name in ("train_dataset", "eval_dataset")):
+        faults.append(dropped_column(trainer))
     faults += _faults_of_kind(trainer, {kind.__name__ for kind in type(trainer).__mro__})
     if faults:
         raise ValueError("; ".join(faults))
