@@ -17,8 +17,9 @@ from preft_hf.demo.answer import answer
 from preft_hf.demo.cities import ATTRIBUTION, Row, city_rows, field_accuracy, num_right_fields
 from preft_hf.demo.report import write_report
 from preft_hf.embedded_model import DemoModelError, load_demo_model
-from preft_hf.training.data import Sample, Turn, encode_turns
+from preft_hf.training.data import Sample, encode_turns
 from preft_hf.training.sft import TrainingPlan, evaluate, train
+from preft_hf.training.turns import Turn
 
 NUM_SHOWN = 6
 DEFAULT_LEARNING_RATES = {"lora": 3e-3, "direft": 3e-3, "loreft": 3e-3}

@@ -12,11 +12,12 @@ from rich.progress import Progress
 
 from preft_hf.config import PreftConfig
 from preft_hf.forward.labels import IGNORED_LABEL
-from preft_hf.training.data import DataError, Sample, Turn, encode_prompts, encode_turns, read_turns
+from preft_hf.training.data import Sample, encode_prompts, encode_turns
 from preft_hf.training.distill import Agreement, agreement, distillation_loss, load_teacher, responses, widened
 from preft_hf.training.run_folder import check_output, run_facts, write_facts, write_metrics
 from preft_hf.training.sft import TrainingPlan, steps_of, train
 from preft_hf.training.train_run import check_context, load_base, split
+from preft_hf.training.turns import DataError, Turn, read_turns
 
 FREE_OPTIONS = {"output", "data", "resume", "scored_rows"}
 

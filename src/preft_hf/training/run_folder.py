@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preft_hf.training.data import DataError
 from preft_hf.training.sft import CHECKPOINTS, last_checkpoint
+from preft_hf.training.turns import DataError
 
 RUN = "run.json"
 METRICS = "metrics.json"

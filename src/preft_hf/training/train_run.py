@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from preft_hf.config import PreftConfig
-from preft_hf.training.data import DataError, Sample, Turn, encode_turns, read_turns
+from preft_hf.training.data import Sample, encode_turns
 from preft_hf.training.run_folder import check_output, run_facts, write_facts, write_metrics
 from preft_hf.training.sft import TrainingPlan, evaluate, steps_of, train
+from preft_hf.training.turns import DataError, Turn, read_turns
 
 DEMO_MODEL = "demo"
 # what may change between a run and its resumption without changing a loss
