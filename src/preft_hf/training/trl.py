@@ -49,9 +49,31 @@ def check_trainer(trainer: Any) -> None:
     keeps = args.remove_unused_columns is False and isinstance(trainer.data_collator, PrefillMaskCollator)
     if not keeps and any(has_mask_column(getattr(trainer, name, None)) for name in ("train_dataset", "eval_dataset")):
         faults.append(dropped_column(trainer))
+    faults += _faults_of_optimizer(getattr(trainer, "optimizer", None))
+    active = [name for name in getattr(getattr(trainer, "model", None), "active_adapters", []) if name != "default"]
+    if getattr(args, "load_best_model_at_end", False) and active:
+        faults.append(
+            f"load_best_model_at_end with the adapter {active[0]!r}: a Trainer looks for the best weights in the "
+            f"checkpoint's own folder and that adapter is saved in its subfolder {active[0]}, so the last weights "
+            "would be kept: name the adapter 'default', or set it to False and load the best checkpoint's subfolder"
+        )
     faults += _faults_of_kind(trainer, {kind.__name__ for kind in type(trainer).__mro__})
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def _faults_of_optimizer(optimizer: Any) -> list[str]:
+    """Returns what an optimizer of PEFT's would leave undone, as it looks for parameters named lora_A and lora_B."""
+    if optimizer is None:
+        return []
+    if "LoraFAOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
+        return ["LoraFAOptimizer finds no lora_A and lora_B in a PreFT adapter, so it is AdamW; use torch.optim.AdamW"]
+    if any(not group["params"] for group in optimizer.param_groups):
+        return [
+            "the optimizer has a group without parameters, as peft's create_loraplus_optimizer makes it of a PreFT "
+            "adapter, whose A and B would learn at one rate; use preft_hf.trl.create_loraplus_optimizer"
+        ]
+    return []
 
 
 def _faults_of_kind(trainer: Any, kinds: set[str]) -> list[str]:
@@ -66,6 +88,11 @@ def _faults_of_kind(trainer: Any, kinds: set[str]) -> list[str]:
             "nothing tells prompt from response; use SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer or RLOOTrainer"
         ]
     collator = trainer.data_collator
+    if "TPOTrainer" in kinds and not isinstance(collator, PrefillMaskCollator):
+        return [
+            "TPOTrainer gives the model no labels; use data_collator=PrefillMaskCollator(collator) around a "
+            f"{type(collator).__name__}, which the trainer has now"
+        ]
     has_logits = getattr(trainer, "compute_metrics", None) is not None and not trainer.args.prediction_loss_only
     if has_logits and "KTOTrainer" in kinds:
         return ["compute_metrics is set: KTOTrainer makes its logits without labels and takes no mask; leave it out"]
