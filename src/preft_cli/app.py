@@ -28,11 +28,22 @@ HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dr
 Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C. PREFT_DEBUG=1 shows tracebacks.
 """
 
-app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is a sentence on stderr. PREFT_DEBUG=1 shows the traceback."""
+    """Runs the command line; a user's mistake is a sentence on stderr. PREFT_DEBUG=1 shows the traceback.
+
+    OpenMP threads wait passively, unless OMP_WAIT_POLICY is set: spinning ones slow down a CPU that is shared.
+    """
+    # read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:
@@ -50,6 +61,23 @@ def _fail(message: str, code: int) -> None:
         raise
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"preft: {message}", markup=False)
     sys.exit(code)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"preft {version('preft-hf')}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Takes the options that stand before the command."""
 
 
 @app.command()
@@ -94,7 +122,10 @@ def train(
     dtype: Annotated[
         Precision, typer.Option(help="Base model's numbers; 16 bits are slow on most CPUs.")
     ] = Precision.float32,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")] = False,
+    base_name: Annotated[
+        str | None, typer.Option(help="Hub id of the base model for the adapter's config, if --model is a folder.")
+    ] = None,
 ) -> None:
     """Finetune a prefill-only adapter.
 
@@ -111,7 +142,7 @@ def train(
 
     options = FinetuneOptions(
         model, data, output, method.value, rank, alpha, lr, steps, epochs, batch_size, max_length, eval_split,
-        eval_every, save_every, seed, dtype.value, resume,
+        eval_every, save_every, seed, dtype.value, resume, base_name,
     )  # fmt: skip
     if not finetune(options, Console()):
         raise typer.Exit(130)

@@ -51,14 +51,26 @@ def push(
 
 def _pushed(folder: Path, target: str, options: dict[str, Any]) -> dict[str, Any]:
     """Pushes one adapter and returns what came of it, its error included."""
+    from preft_core.format.adapter import read_config
     from preft_core.hub.push_pull import push_adapter
 
     facts = {"folder": str(folder), "repository": target, "commit": None, "url": None, "pull_request": None}
     try:
+        _check_base_name(read_config(folder).base_model_name_or_path)
         return facts | vars(push_adapter(folder, target, **options)) | {"error": None}
     except (ValueError, RuntimeError, OSError) as error:
         # a bad adapter or card, an upload that failed, a Hub that refuses
         return facts | {"error": str(error)}
+
+
+def _check_base_name(name: str | None) -> None:
+    """Raises a ValueError if an adapter names its base model by a path, which nobody else can load."""
+    if name is not None and (name.startswith(("/", ".", "~")) or "\\" in name or Path(name).exists()):
+        raise ValueError(
+            f"the base model is {name!r}, a path on this machine, so nobody who downloads the adapter finds it: name "
+            "it by its Hub id, with `preft train --base-name org/model`, or as base_model_name_or_path in "
+            "adapter_config.json"
+        )
 
 
 def _show_pushed(made: list[dict[str, Any]], json: bool) -> None:
@@ -180,7 +192,14 @@ def export(
 
 
 def _is_manifest(place: str) -> bool:
-    return place.endswith((".toml", ".json")) and Path(place).is_file()
+    """Returns whether a manifest is meant. Raises a FileNotFoundError if its file is missing."""
+    if not place.endswith((".toml", ".json")) or Path(place).is_dir():
+        return False
+    if not Path(place).is_file():
+        raise FileNotFoundError(
+            f"there is no manifest {place}: give the path of a file with [adapters], then name = location, one a line"
+        )
+    return True
 
 
 def _named(places: list[str], by_folder: bool = False) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """LoRA+ for LoRA-P: PEFT's own function looks for parameters named lora_B and finds none in a PreFT adapter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from peft import PeftModel
 
 def create_loraplus_optimizer(
     model: PeftModel,
-    optimizer_cls: type[torch.optim.Optimizer],
+    optimizer_cls: Callable[..., torch.optim.Optimizer],
     *,
     lr: float,
     loraplus_lr_ratio: float,
@@ -41,8 +42,8 @@ def create_loraplus_optimizer(
     others = [f"{name} ({methods[name]})" for name in model.active_adapters if methods.get(name) != "lora"]
     if others:
         raise ValueError(
-            f"LoRA+ is for PreFT adapters of method lora, and the active adapters have {', '.join(others)}: use "
-            f"{optimizer_cls.__name__} itself"
+            f"LoRA+ is for PreFT adapters of method lora, and the active adapters have {', '.join(others)}: make "
+            "the optimizer without LoRA+"
         )
     parts: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
 """What `preft train` and `preft generate` do: load the base model, the data and the adapter, and report."""
 
+import json
 import math
 import random
 from contextlib import nullcontext
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
 from preft_hf.config import PreftConfig
@@ -17,7 +20,7 @@ from preft_hf.training.turns import DataError, Turn, read_turns
 
 DEMO_MODEL = "demo"
 # what may change between a run and its resumption without changing a loss
-FREE_OPTIONS = {"output", "data", "resume", "save_every", "eval_every"}
+FREE_OPTIONS = {"output", "data", "resume", "save_every", "eval_every", "base_name"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class FinetuneOptions:
     seed: int
     dtype: str
     resume: bool
+    base_name: str | None = None
 
 
 def finetune(options: FinetuneOptions, console: Console) -> bool:
@@ -52,6 +56,8 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
     import torch
     from peft import get_peft_model
 
+    if options.base_name is not None:
+        _check_base_name(options.base_name)
     facts = run_facts(options, options.data, FREE_OPTIONS)
     check_output(options.output, options.resume, facts)
     turns = read_turns(options.data)
@@ -68,6 +74,8 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
+    if options.base_name is not None:
+        model.peft_config["default"].base_model_name_or_path = options.base_name
     plan = _plan(options, len(train_samples))
     trained, total = model.get_nb_trainable_parameters()
     console.print(
@@ -101,11 +109,22 @@ def finetune(options: FinetuneOptions, console: Console) -> bool:
     return True
 
 
+def _check_base_name(name: str) -> None:
+    """Raises a ValueError if the name is no Hub id of a model."""
+    try:
+        validate_repo_id(name)
+        is_id = "/" in name
+    except HFValidationError:
+        is_id = False
+    if not is_id:
+        raise ValueError(f"--base-name is {name!r}: give the Hub id of the base model, org/model")
+
+
 def load_base(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     """Returns the base model in eval mode and its tokenizer, with a pad token.
 
     Raises:
-        ValueError: no model of that name.
+        ValueError: no model of that name, or an adapter, which transformers would load together with its base model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,6 +132,9 @@ def load_base(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         from preft_hf.embedded_model import demo_model_directory
 
         name = str(demo_model_directory())
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        raise ValueError(_not_a_base(name, json.loads(adapter.read_text())))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -121,6 +143,9 @@ def load_base(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(
             f"the base model {name} cannot be loaded: {first} Give a Hub id, a folder, or demo"
         ) from error
+    loaded = getattr(model, "peft_config", None) if getattr(model, "_hf_peft_config_loaded", False) else None
+    if loaded:
+        raise ValueError(_not_a_base(name, next(iter(loaded.values())).to_dict()))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -128,6 +153,16 @@ def load_base(name: str, dtype: str = "float32") -> tuple[Any, Any]:
             f"the tokenizer of {name} has neither a pad nor an end-of-text token: give it one and save it"
         )
     return model.eval(), tokenizer
+
+
+def _not_a_base(name: str, config: dict[str, Any]) -> str:
+    """Returns what is said of an adapter in the place of a base model."""
+    is_lora = config.get("peft_type") == "LORA"
+    return (
+        f"--model is {name}, which is {'a plain LoRA' if is_lora else 'an adapter'} of "
+        f"{config.get('base_model_name_or_path') or 'a base model'}: give the base model"
+        + ("; `preft distill` or `preft convert` makes a prefill-only adapter of a LoRA" if is_lora else "")
+    )
 
 
 def stream_answer(
