@@ -68,8 +68,8 @@ def test_the_likeliest_token_whatever_the_base_model_asks_for(place, tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template: leave --chat out"),
-        ("{{ raise_exception('roles must be bot') }}", "does not take a user's message: roles must be bot"),
+        (None, "has no chat template: omit --chat"),
+        ("{{ raise_exception('roles must be bot') }}", "refuses a user's message: roles must be bot"),
     ],
 )
 def test_a_prompt_that_cannot_be_a_message(place, tmp_path, template, message):

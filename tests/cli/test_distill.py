@@ -263,7 +263,7 @@ def test_teachers_that_do_not_work(place, tmp_path):
     load_teacher(make_base(), tmp_path / "dora")
     with pytest.raises(AdapterError, match="use_dora is True"):
         widened(make_base(), tmp_path / "dora", 8)
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="is not an adapter"):
         app(["distill", str(tmp_path), "--data", str(place / "rows.jsonl"), "--output", str(tmp_path / "out")])
 
 
