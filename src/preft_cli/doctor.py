@@ -1,4 +1,4 @@
-"""`preft doctor`: which engines are here, whether our changes to them hold, and what to do."""
+"""`preft doctor`: which engines are installed, whether PreFT supports them, and what to do."""
 
 import json
 import subprocess
@@ -39,11 +39,11 @@ _TESTED = {"transformers": ("5.19", "5.24"), "peft": ("0.21", "0.22")}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what doctor says.
+    """One line of the report.
 
     Attributes:
-        state: "ok", "missing" (nothing is wrong, it is not there) or "fault"
-        todo: what to do, empty for nothing
+        state: "ok", "missing" (not installed, which is no fault) or "fault"
+        todo: what to do; empty if nothing
     """
 
     name: str
@@ -53,12 +53,14 @@ class Finding:
 
 
 def doctor(
-    python: Annotated[Path | None, typer.Option(help="Python of another environment, as vLLM's or TGI's.")] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python of another environment, such as vLLM's or TGI's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say which engines (transformers, TGI, vLLM) are installed, whether PreFT fits them, and what to do.
+    """Show which engines (transformers, TGI, vLLM) are installed, whether PreFT supports them, and what to do.
 
-    Exit code 1 if an engine that is installed cannot serve PreFT adapters.
+    The exit code is 1 if an installed engine cannot serve PreFT adapters.
     """
     executable = str(python or sys.executable)
     findings = examine(executable)
@@ -74,7 +76,7 @@ def doctor(
 
 
 def examine(python: str) -> list[Finding]:
-    """Returns what there is in the environment of a Python.
+    """Returns the findings for the environment of a Python.
 
     Raises:
         ValueError: no such Python, or one that cannot run.
@@ -99,7 +101,7 @@ def _torch(found: dict) -> Finding:
 
 
 def _gpu(found: dict) -> Finding:
-    todo = "" if found["gpu"] else "none is needed to train or serve in small; the kernels run as matrix products"
+    todo = "" if found["gpu"] else "not required for small models; the kernels run as matrix products"
     return Finding("GPU", found["gpu"] or "none", "ok" if found["gpu"] else "missing", todo)
 
 

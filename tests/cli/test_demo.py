@@ -39,7 +39,7 @@ def test_a_wrong_file_is_refused_and_nothing_is_left(cache, tmp_path, monkeypatc
 
 def test_what_is_missing_is_said(cache, monkeypatch):
     monkeypatch.setenv("PREFT_DEMO_WHEEL", "nowhere.whl")
-    with pytest.raises(DemoModelError, match="no such file"):
+    with pytest.raises(DemoModelError, match="which does not exist"):
         demo_model_directory(lambda text: None)
     monkeypatch.delenv("PREFT_DEMO_WHEEL")
     monkeypatch.setattr(demo_model, "PACKAGE_VERSION", "0.0.0")

@@ -109,6 +109,11 @@ def parse_config(data: object) -> AdapterConfig:
     if not isinstance(data, Mapping):
         raise AdapterError(f"{CONFIG_NAME} holds {_shown(data)}: a JSON object is expected")
     known = [field.name for field in fields(AdapterConfig)]
+    if data.get("peft_type") == "LORA":
+        raise AdapterError(
+            f"{CONFIG_NAME}: peft_type is 'LORA', a plain LoRA, and a PreFT adapter has 'PREFT': make one of it "
+            "with `preft distill` or `preft convert`"
+        )
     faults = []
     if data.get("peft_type") != "PREFT":
         faults.append(f"peft_type is {_shown(data.get('peft_type'))}: a PreFT adapter has 'PREFT'")

@@ -13,10 +13,10 @@ from preft_hf.forward.caches import cache_of, cached_length
 from preft_hf.forward.calls import Calls
 from preft_hf.forward.checkpointing import checkpointed_modules, keep_phase_in_checkpoints
 from preft_hf.forward.generation import PromptBoundary, WholePrefill
-from preft_hf.forward.labels import check_prompts, mask_from_labels
+from preft_hf.forward.label_checks import check_loss
+from preft_hf.forward.labels import LabelsRule, trainer_of_step
 from preft_hf.forward.packed import PackedAdapters
 from preft_hf.forward.routing import Routing, RowAdapters
-from preft_hf.forward.trainer_step import trainer_of_step
 from preft_hf.layers.linear import PreftLayer
 from preft_hf.layers.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
 
@@ -42,6 +42,7 @@ class Attachment:
         self.calls = Calls(model, self.phase)
         self.routing = Routing(self.layers, self.calls)
         self.boundary = PromptBoundary(model, self.routing, self.phase)
+        self.labels = LabelsRule(model)
         self._checked_reach = False
         self._layer_handles: list[tuple[PreftLayer, Any]] = []
         self._parameter_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
@@ -181,7 +182,7 @@ class Attachment:
                 mask.check(cached_length(cache_of(values)), shape[1])
             return True
         if mask is not None:
-            return _explicit_phase(mask, shape)
+            return _explicit_phase(mask, shape, values)
         if not named and not self._has_live_adapter():
             return False
         if not torch.compiler.is_compiling() and self.boundary.active:
@@ -191,7 +192,7 @@ class Attachment:
                 "and pass prefill_mask in a loop or logits processor of your own"
             )
         if values.get("labels") is not None:
-            return _phase_of_labels(values, shape)
+            return self.labels.phase(values, shape)
         declared = declared_phase()
         if declared is not None:
             return declared
@@ -234,7 +235,7 @@ def _routed(
     return adapters.phase(prefill, shape, device)
 
 
-def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> SharedPhase:
+def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...], values: Mapping[str, Any]) -> SharedPhase:
     if isinstance(mask, bool):
         return mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
@@ -243,27 +244,7 @@ def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> SharedPhase:
             f"prefill_mask is {found}: give torch.bool of shape {shape} (batch, length), True on the tokens to adapt, "
             "or True or False for all of them"
         )
-    return phase_of_mask(mask)
-
-
-def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
-    labels, attention_mask = values["labels"], values.get("attention_mask")
-    if tuple(labels.shape) != shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} and the tokens {shape}: the prompt is read from labels of the "
-            "tokens' shape with -100 on the prompt; pass prefill_mask for labels of another kind"
-        )
-    if not isinstance(attention_mask, Tensor):
-        attention_mask = None
-    mask = mask_from_labels(labels, attention_mask)
-    if not torch.compiler.is_compiling() and declared_phase() is not None:
-        raise ValueError(
-            "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
-        )
-    ids = values.get("input_ids")
-    return phase_of_mask(
-        check_prompts(mask, labels, values.get("attention_mask"), values.get("position_ids"), input_ids=ids)
-    )
+    return phase_of_mask(check_loss(mask, values))
 
 
 def _phase_of_cache(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
