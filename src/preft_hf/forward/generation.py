@@ -24,17 +24,17 @@ class Generation:
 
     Attributes:
         prompt_length: tokens of the prompt, which are prefill
-        num_seen: tokens that this generation's forwards were given so far, plus what its cache held before
-        num_ids: token ids that the last call of prepare_inputs_for_generation was given
+        num_seen: tokens that the request has had so far: those in its cache at the start, plus those of each forward
+        first_id: position of the first of generate's token ids, above 0 where they continue a cache without its tokens
         drafting: True for the generate by which an assisted generation has this same model draft its tokens
         adapters: one adapter per prompt, or None where the active ones act on all
     """
 
     prompt_length: int
     num_seen: int
+    first_id: int
     drafting: bool
     adapters: RowAdapters | None
-    num_ids: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,22 @@ class WholePrefill:
     Attributes:
         first: position of the forward's first token
         num_tokens: tokens of a row
+        cached: length of the forward's cache, None where it has none
     """
 
     first: int
     num_tokens: int
+    cached: int | None
 
-    def check(self, first: int | None, num_tokens: int) -> None:
-        """Raises a RuntimeError for another forward, where its first position is known."""
-        if num_tokens == self.num_tokens and first in (None, self.first):
+    def check(self, cached: int | None, num_tokens: int) -> None:
+        """Raises a RuntimeError for another forward: one of other tokens, or whose cache has changed since."""
+        if (cached, num_tokens) == (self.cached, self.num_tokens):
             return
         raise RuntimeError(
             f"prefill_mask is from the prepare_inputs_for_generation of a forward of {self.num_tokens} tokens from "
             f"position {self.first} on, all of the prompt, and this one has {num_tokens} tokens"
-            + ("" if first is None else f" from position {first} on")
-            + ": in a loop of your own call prepare_inputs_for_generation before every forward, or set prefill_mask"
+            + ("" if cached is None else f" after {cached} in the cache")
+            + ": in a custom loop call prepare_inputs_for_generation before every forward, or set prefill_mask"
         )
 
 
@@ -139,11 +141,13 @@ class PromptBoundary:
         outer = self._thread.generation
         cached = cached_length(cache_of(kwargs)) or 0
         if outer is not None and _is_draft(args, kwargs):
-            generation = Generation(outer.prompt_length, cached, True, outer.adapters)
+            first_id = outer.first_id
+            generation = Generation(outer.prompt_length, first_id + cached, first_id, True, outer.adapters)
         else:
             self.unpin()
             adapters = self._row_adapters(inputs, kwargs)
-            generation = Generation(self._prompt_length(inputs, kwargs, cached), cached, False, adapters)
+            prompt_length, num_ids = _lengths(inputs, kwargs, cached)
+            generation = Generation(prompt_length, cached, prompt_length - num_ids, False, adapters)
         kwargs.pop("adapter_names", None)
         self._thread.generation = generation
         try:
@@ -183,15 +187,12 @@ class PromptBoundary:
         batch_size, num_tokens = tokens.shape[:2]
         ids = args[0] if args else kwargs.get("input_ids")
         num_ids = 0 if ids is None else ids.shape[1]
-        # a loop of one's own may have emptied the cache, or put another prompt in
-        goes_on = num_ids == generation.num_ids + num_tokens and not kwargs.get("is_first_iteration")
-        generation.num_ids = num_ids
-        first = _first_position(model_inputs, num_tokens, generation, goes_on)
+        first = _first_position(model_inputs, num_ids, num_tokens, generation)
         begin, end = prefill_span(first, num_tokens, generation.prompt_length)
         if end == begin:
             model_inputs["prefill_mask"] = False
         elif end - begin == num_tokens:
-            model_inputs["prefill_mask"] = WholePrefill(first, num_tokens)
+            model_inputs["prefill_mask"] = WholePrefill(first, num_tokens, cached_length(cache_of(model_inputs)))
         else:
             row = torch.arange(num_tokens, device=tokens.device)
             model_inputs["prefill_mask"] = ((row >= begin) & (row < end)).expand(batch_size, num_tokens)
@@ -223,20 +224,6 @@ class PromptBoundary:
             )
         return adapters
 
-    def _prompt_length(self, inputs: Tensor | None, kwargs: Mapping[str, Any], cached: int) -> int:
-        """Returns the prompt's length with what is cached, by transformers' own reading of the arguments.
-
-        `inputs_embeds` always holds the whole prompt. Token ids hold only the new tokens if the attention mask is
-        longer than they are, else the whole prompt. Neither means a prompt of one BOS token.
-        """
-        if kwargs.get("inputs_embeds") is not None:
-            return kwargs["inputs_embeds"].shape[1]
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        num_ids = 1 if ids is None else ids.shape[1]
-        mask = kwargs.get("attention_mask")
-        only_new = mask is not None and mask.shape[1] != num_ids
-        return cached + num_ids if only_new else num_ids
-
 
 class Replacement:
     """An instance attribute that takes the place of a model's method and shows the method's signature."""
@@ -260,14 +247,35 @@ def _is_draft(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(config, "is_assistant", False))
 
 
-def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation: Generation, goes_on: bool) -> int:
+def _lengths(inputs: Tensor | None, kwargs: Mapping[str, Any], cached: int) -> tuple[int, int]:
+    """Returns the prompt's length with what is cached, and the token ids among it, as transformers reads arguments.
+
+    `inputs_embeds` always holds the whole prompt. Token ids hold only the new tokens if the attention mask is longer
+    than they are, else the whole prompt. Neither means a prompt of one BOS token.
+    """
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None:
+        return embeds.shape[1], 0 if ids is None else ids.shape[1]
+    num_ids = 1 if ids is None else ids.shape[1]
+    mask = kwargs.get("attention_mask")
+    only_new = mask is not None and mask.shape[1] != num_ids
+    return cached + num_ids if only_new else num_ids, num_ids
+
+
+def _first_position(model_inputs: Mapping[str, Any], num_ids: int, num_tokens: int, generation: Generation) -> int:
     """Returns the position of a forward's first token.
 
+    Two counts must agree: the tokens that the request has had, and the place of the forward's tokens among the ids.
+    The cache's length decides only where they do not, as after rejected candidates: it may evict or compress, so what
+    it holds is not what the request has had.
+
     Args:
-        goes_on: the ids have become more by just this forward's tokens
+        num_ids: token ids that prepare_inputs_for_generation was given; the forward's tokens are the last of them
+        num_tokens: tokens of the forward
     Raises:
         RuntimeError: the forward has no cache, and not the prompt and more tokens than the forward before: its cache
-            must be one that is not known here.
+            must be one that is not known here. Or counts and cache disagree.
     """
     cache = cache_of(model_inputs)
     if cache is None:
@@ -279,8 +287,17 @@ def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation
             )
         # without a cache every forward starts from the prompt's first token
         return 0
-    if goes_on and generation.num_seen >= generation.prompt_length and getattr(cache, "is_compileable", False):
-        # a static cache counts on the device, and only decode forwards are left: do not wait for it
-        return generation.num_seen
+    counted, by_ids = generation.num_seen, generation.first_id + num_ids - num_tokens
+    if counted == by_ids:
+        return counted
+    if num_ids == num_tokens and counted + num_tokens <= generation.prompt_length:
+        # a chunk of the prompt comes without the ids before it
+        return counted
     length = cached_length(cache)
-    return generation.num_seen if length is None else length
+    if length in (counted, by_ids):
+        return length
+    raise RuntimeError(
+        f"the position of a forward's {num_tokens} tokens is {counted} as counted, {by_ids} by the ids given to "
+        f"prepare_inputs_for_generation, and the cache holds {length} tokens, so nothing tells prompt tokens from "
+        "generated ones: use a cache that keeps every token with assisted decoding and custom decoding loops"
+    )
