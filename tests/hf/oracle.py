@@ -84,9 +84,7 @@ def two_phase_greedy(
     cache = DynamicCache(config=prefill.config) if masked else cache
     positions = (mask.cumsum(-1) - 1).clamp(min=0) + first
     arguments = {"attention_mask": mask} if masked else {}
-    output = prefill(
-        input_ids=input_ids, position_ids=positions, **arguments, **cache_argument(cache), use_cache=True
-    )
+    output = prefill(input_ids=input_ids, position_ids=positions, **arguments, **cache_argument(cache), use_cache=True)
     tokens, logits = [], []
     for _ in range(num_new):
         logits.append(output.logits[:, -1])

@@ -24,6 +24,13 @@ def cache_of(values: Mapping[str, Any]) -> Any:
     return next((value for value in values.values() if isinstance(value, Cache)), None)
 
 
+def cache_of_output(output: Any) -> Any:
+    """Returns the cache among what a model or its generate returns, None if there is none."""
+    if isinstance(output, Mapping):
+        return cache_of(output)
+    return next((value for value in output if isinstance(value, Cache)), None) if isinstance(output, tuple) else None
+
+
 def cache_argument(cache: Any) -> dict[str, Any]:
     """Returns the keyword argument that gives a model a cache, by the name that the installed transformers has."""
     return {_NAME: cache}

@@ -2,65 +2,21 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from preft_core.rule.tokens import prefill_span
-from preft_hf.forward.caches import cache_of, cached_length
+from preft_core.pool.slots import BASE_NAME
+from preft_hf.forward.cache_record import check_owners, record_generated
+from preft_hf.forward.caches import cache_of, cache_of_output, cached_length
 from preft_hf.forward.continuous import ContinuousBatching
-from preft_hf.forward.per_thread import PerThread
+from preft_hf.forward.positions import Generation, WholePrefill, first_position, generation_of
 from preft_hf.forward.routing import Routing, RowAdapters
+from preft_hf.layers.per_thread import PerThread
 from preft_hf.layers.phase import ForwardPhase, declared_phase
 
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
-
-
-@dataclass
-class Generation:
-    """One call of generate. Positions count every slot of a row, padding included, from the start of its cache.
-
-    Attributes:
-        prompt_length: tokens of the prompt, which are prefill
-        num_seen: tokens that the request has had so far: those in its cache at the start, plus those of each forward
-        first_id: position of the first of generate's token ids, above 0 where they continue a cache without its tokens
-        drafting: True for the generate by which an assisted generation has this same model draft its tokens
-        adapters: one adapter per prompt, or None where the active ones act on all
-    """
-
-    prompt_length: int
-    num_seen: int
-    first_id: int
-    drafting: bool
-    adapters: RowAdapters | None
-
-
-@dataclass(frozen=True)
-class WholePrefill:
-    """The prefill_mask of one forward whose tokens are all prefill. A bool would fit a later forward just as well.
-
-    Attributes:
-        first: position of the forward's first token
-        num_tokens: tokens of a row
-        cached: length of the forward's cache, None where it has none
-    """
-
-    first: int
-    num_tokens: int
-    cached: int | None
-
-    def check(self, cached: int | None, num_tokens: int) -> None:
-        """Raises a RuntimeError for another forward: one of other tokens, or whose cache has changed since."""
-        if (cached, num_tokens) == (self.cached, self.num_tokens):
-            return
-        raise RuntimeError(
-            f"prefill_mask is from the prepare_inputs_for_generation of a forward of {self.num_tokens} tokens from "
-            f"position {self.first} on, all of the prompt, and this one has {num_tokens} tokens"
-            + ("" if cached is None else f" after {cached} in the cache")
-            + ": in a custom loop call prepare_inputs_for_generation before every forward, or set prefill_mask"
-        )
 
 
 class _ThreadState(PerThread):
@@ -110,8 +66,8 @@ class PromptBoundary:
 
     @property
     def active(self) -> bool:
-        """True while this thread is inside the model's generate."""
-        return self._thread.generation is not None
+        """True while this thread is inside the model's generate, as far as torch.compile does not trace it."""
+        return not torch.compiler.is_compiling() and self._thread.generation is not None
 
     @property
     def drafting(self) -> bool:
@@ -139,27 +95,44 @@ class PromptBoundary:
                 "generate_batch, which takes adapter_names"
             )
         outer = self._thread.generation
-        cached = cached_length(cache_of(kwargs)) or 0
-        if outer is not None and _is_draft(args, kwargs):
-            first_id = outer.first_id
-            generation = Generation(outer.prompt_length, first_id + cached, first_id, True, outer.adapters)
-        else:
-            self.unpin()
-            adapters = self._row_adapters(inputs, kwargs)
-            prompt_length, num_ids = _lengths(inputs, kwargs, cached)
-            generation = Generation(prompt_length, cached, prompt_length - num_ids, False, adapters)
+        generation = self._begin(outer, inputs, args, kwargs)
         kwargs.pop("adapter_names", None)
         self._thread.generation = generation
         try:
             # the names are with the generation now; compiled decode steps must not look for declared ones
             with self.routing.declare(None):
-                return self.original("generate")(inputs, *args, **kwargs)
+                output = self.original("generate")(inputs, *args, **kwargs)
         finally:
             # after a KeyboardInterrupt no hook has ended the forward's phase
             self._phase.end()
             self._thread.generation = outer
             if generation.adapters is not None and not generation.drafting:
                 generation.adapters.release()
+        cache = cache_of_output(output)
+        cache = cache_of(kwargs) if cache is None else cache
+        if cache is not None and not generation.drafting:
+            record_generated(cache, output, generation.first_id, generation.prompt_length, generation.num_seen)
+        return output
+
+    def _begin(
+        self, outer: Generation | None, inputs: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Generation:
+        """Returns the state of a generation that starts now."""
+        cache = cache_of(kwargs)
+        if outer is not None and _is_draft(args, kwargs):
+            seen = outer.first_id + (cached_length(cache) or 0)
+            return Generation(outer.prompt_length, seen, outer.first_id, outer.starts, True, outer.adapters)
+        self.unpin()
+        adapters = self._row_adapters(inputs, kwargs)
+        if cache is not None and not self._adapts(adapters):
+            check_owners(cache, None)
+        return generation_of(cache, kwargs.get("input_ids") if inputs is None else inputs, kwargs, adapters)
+
+    def _adapts(self, adapters: RowAdapters | None) -> bool:
+        """True if prompt tokens get an adapter."""
+        if adapters is None:
+            return bool(self.routing.live())
+        return not self.routing.disabled and set(adapters.names) != {BASE_NAME}
 
     def heal_tokens(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Token healing makes a prompt of another length, and calls generate for the last token of each row."""
@@ -187,18 +160,14 @@ class PromptBoundary:
         batch_size, num_tokens = tokens.shape[:2]
         ids = args[0] if args else kwargs.get("input_ids")
         num_ids = 0 if ids is None else ids.shape[1]
-        first = _first_position(model_inputs, num_ids, num_tokens, generation)
-        begin, end = prefill_span(first, num_tokens, generation.prompt_length)
-        if end == begin:
-            model_inputs["prefill_mask"] = False
-        elif end - begin == num_tokens:
-            model_inputs["prefill_mask"] = WholePrefill(first, num_tokens, cached_length(cache_of(model_inputs)))
-        else:
-            row = torch.arange(num_tokens, device=tokens.device)
-            model_inputs["prefill_mask"] = ((row >= begin) & (row < end)).expand(batch_size, num_tokens)
+        first = first_position(model_inputs, num_ids, num_tokens, generation)
+        mask = generation.prefill(first, batch_size, num_tokens, tokens.device)
+        model_inputs["prefill_mask"] = (
+            WholePrefill(first, num_tokens, cached_length(cache_of(model_inputs))) if mask is True else mask
+        )
         generation.num_seen = first + num_tokens
         if generation.adapters is not None:
-            if end > begin:
+            if mask is not False:
                 model_inputs["adapter_names"] = generation.adapters
             else:
                 generation.adapters.release()
@@ -214,7 +183,7 @@ class PromptBoundary:
         names = self.routing.declared if names is None else names
         if names is None:
             return None
-        adapters = self.routing.of(names, self.model.training)
+        adapters = self.routing.of(names, self.model.training, expands=True)
         prompts = next(
             (p for p in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if p is not None), None
         )
@@ -245,59 +214,3 @@ def _is_draft(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """True for the generate that transformers calls to have candidates drafted, which it marks in the config."""
     config = kwargs.get("generation_config", args[0] if args else None)
     return bool(getattr(config, "is_assistant", False))
-
-
-def _lengths(inputs: Tensor | None, kwargs: Mapping[str, Any], cached: int) -> tuple[int, int]:
-    """Returns the prompt's length with what is cached, and the token ids among it, as transformers reads arguments.
-
-    `inputs_embeds` always holds the whole prompt. Token ids hold only the new tokens if the attention mask is longer
-    than they are, else the whole prompt. Neither means a prompt of one BOS token.
-    """
-    ids = kwargs.get("input_ids") if inputs is None else inputs
-    embeds = kwargs.get("inputs_embeds")
-    if embeds is not None:
-        return embeds.shape[1], 0 if ids is None else ids.shape[1]
-    num_ids = 1 if ids is None else ids.shape[1]
-    mask = kwargs.get("attention_mask")
-    only_new = mask is not None and mask.shape[1] != num_ids
-    return cached + num_ids if only_new else num_ids, num_ids
-
-
-def _first_position(model_inputs: Mapping[str, Any], num_ids: int, num_tokens: int, generation: Generation) -> int:
-    """Returns the position of a forward's first token.
-
-    Two counts must agree: the tokens that the request has had, and the place of the forward's tokens among the ids.
-    The cache's length decides only where they do not, as after rejected candidates: it may evict or compress, so what
-    it holds is not what the request has had.
-
-    Args:
-        num_ids: token ids that prepare_inputs_for_generation was given; the forward's tokens are the last of them
-        num_tokens: tokens of the forward
-    Raises:
-        RuntimeError: the forward has no cache, and not the prompt and more tokens than the forward before: its cache
-            must be one that is not known here. Or counts and cache disagree.
-    """
-    cache = cache_of(model_inputs)
-    if cache is None:
-        if num_tokens < generation.prompt_length or num_tokens <= generation.num_seen:
-            raise RuntimeError(
-                f"generate called the model with {num_tokens} tokens, for a prompt of {generation.prompt_length}, and "
-                f"none of its arguments ({', '.join(model_inputs)}) is a cache that preft-hf knows, so nothing tells "
-                f"prompt tokens from generated ones: `preft doctor` says which transformers fits"
-            )
-        # without a cache every forward starts from the prompt's first token
-        return 0
-    counted, by_ids = generation.num_seen, generation.first_id + num_ids - num_tokens
-    if counted == by_ids:
-        return counted
-    if num_ids == num_tokens and counted + num_tokens <= generation.prompt_length:
-        # a chunk of the prompt comes without the ids before it
-        return counted
-    length = cached_length(cache)
-    if length in (counted, by_ids):
-        return length
-    raise RuntimeError(
-        f"the position of a forward's {num_tokens} tokens is {counted} as counted, {by_ids} by the ids given to "
-        f"prepare_inputs_for_generation, and the cache holds {length} tokens, so nothing tells prompt tokens from "
-        "generated ones: use a cache that keeps every token with assisted decoding and custom decoding loops"
-    )

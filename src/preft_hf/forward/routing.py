@@ -13,9 +13,9 @@ from torch import Tensor
 from preft_core.pool.layout import Bucket
 from preft_core.pool.slots import BASE_NAME, Lease, Slot, SlotPool, unknown_names
 from preft_core.rule.tokens import BASE, Segments, Span
-from preft_hf.forward.calls import Calls
-from preft_hf.forward.per_thread import PerThread
+from preft_hf.layers.calls import Calls
 from preft_hf.layers.linear import PreftLayer
+from preft_hf.layers.per_thread import PerThread, untraced
 from preft_hf.layers.phase import Phase, RoutedRows, SharedPhase
 
 
@@ -57,11 +57,16 @@ class RowAdapters:
 
     Adapters of a pool are pinned from the first forward that needs them until `release`, which a generation calls when
     its prompts are in the cache. Pinning them again after that gets the same adapters or an error.
+
+    Args:
+        expands: True where a batch may have several rows per name: generate repeats prompts for beams and for
+            returned sequences
     """
 
-    def __init__(self, names: Sequence[str], pool: SlotPool | None, held: set[str], calls: Calls):
+    def __init__(self, names: Sequence[str], routing: "Routing", expands: bool):
         self.names = list(names)
-        self._pool, self._calls = pool, calls
+        self._routing, self._pool, self._expands = routing, routing.pool, expands
+        held = routing.held()
         self._pooled = {name for name in names if name not in held and name != BASE_NAME}
         self._lease: Lease | None = None
         self._fingerprints: dict[str, str] | None = None
@@ -70,14 +75,10 @@ class RowAdapters:
         """Returns the phase of a forward of (batch, length) tokens, given which of them are prefill.
 
         Raises:
-            ValueError: batch is no multiple of the number of names. Beams and returned sequences repeat each prompt's.
+            ValueError: not one name per row, or, where generate repeats prompts, batch is no multiple of the names.
         """
         batch, length = shape
-        if batch % len(self.names):
-            raise ValueError(
-                f"adapter_names has {len(self.names)} names for a batch of {batch} rows: give one name per prompt"
-            )
-        names = [name for name in self.names for _ in range(batch // len(self.names))]
+        names = self._names_of_rows(batch)
         if prefill is False or all(name == BASE_NAME for name in names):
             return False
         self._pin()
@@ -93,6 +94,23 @@ class RowAdapters:
             pooled[bucket] = _segments(slots, mask, length, device)
         return RoutedRows((batch, length), rows, pooled)
 
+    def owners(self, batch: int) -> tuple[bytes | None, ...]:
+        """Returns the key of each row's adapter, None for the base model. Pins them, as `phase` does."""
+        self._pin()
+        pinned = self._lease.slots if self._lease is not None else {}
+        keys: dict[str, bytes | None] = {name: pool_key(slot) for name, slot in pinned.items()}
+        for name in set(self.names) - set(keys):
+            keys[name] = None if name == BASE_NAME else self._routing.adapter_key(name)
+        return tuple(keys[name] for name in self._names_of_rows(batch))
+
+    def _names_of_rows(self, batch: int) -> list[str]:
+        copies, rest = divmod(batch, len(self.names))
+        if rest or (copies != 1 and not self._expands):
+            raise ValueError(
+                f"adapter_names has {len(self.names)} names for a batch of {batch} rows: give one name per row"
+            )
+        return [name for name in self.names for _ in range(copies)]
+
     def release(self) -> None:
         """Unpins: the forwards that follow do not need these adapters. Does nothing if none is pinned."""
         lease, self._lease = self._lease, None
@@ -103,7 +121,7 @@ class RowAdapters:
         if self._lease is not None or not self._pooled:
             return
         assert self._pool is not None
-        lease = self._pool.acquire(self._pooled, idle=self._calls.sweep)
+        lease = self._pool.acquire(self._pooled, idle=self._routing.calls.sweep)
         found = {name: slot.fingerprint for name, slot in lease.slots.items()}
         if self._fingerprints not in (None, found):
             lease.release()
@@ -139,7 +157,7 @@ class Routing:
     def declared(self) -> list[str] | None:
         """The names that PEFT's forward or generate was given in this thread."""
         # Names read in traced code would be a guard, so it leaves the graph where any thread declares some.
-        return self._read() if self._num_declaring else None  # pyright: ignore[reportAttributeAccessIssue]
+        return self._read() if self._num_declaring else None
 
     @contextmanager
     def declare(self, names: list[str] | None) -> Iterator[None]:
@@ -147,17 +165,17 @@ class Routing:
         if names is None and not self._num_declaring:
             yield
             return
-        before = self._write(names)  # pyright: ignore[reportAttributeAccessIssue]
+        before = self._write(names)
         try:
             yield
         finally:
-            self._write(before)  # pyright: ignore[reportAttributeAccessIssue]
+            self._write(before)
 
-    @torch.compiler.disable
+    @untraced
     def _read(self) -> list[str] | None:
         return self._thread.declared
 
-    @torch.compiler.disable
+    @untraced
     def _write(self, names: list[str] | None) -> list[str] | None:
         before, self._thread.declared = self._thread.declared, names
         with self._lock:
@@ -176,8 +194,11 @@ class Routing:
         """Returns the names of the adapters that the model's layers hold."""
         return {name for layer in self._layers for name in layer.preft_A}
 
-    def of(self, names: Sequence[str], training: bool) -> RowAdapters:
+    def of(self, names: Sequence[str], training: bool, expands: bool = False) -> RowAdapters:
         """Returns the adapters of a batch, having checked their names.
+
+        Args:
+            expands: whether generate may repeat the rows
 
         Raises:
             TypeError: names is no list or tuple of strings.
@@ -194,7 +215,18 @@ class Routing:
         unknown = sorted(set(names) - known - {BASE_NAME})
         if unknown:
             raise ValueError(unknown_names(unknown, known))
-        return RowAdapters(names, self.pool, held, self.calls)
+        return RowAdapters(names, self, expands)
+
+    def live(self) -> list[str]:
+        """Returns the adapters that act on rows without a name of their own: active and not disabled."""
+        return sorted({name for layer in self._layers for name in layer.live_adapters()})
+
+    def owners(self, adapters: RowAdapters | None, batch: int) -> tuple[bytes | None, ...]:
+        """Returns whose keys and values a forward of prompt tokens makes: the key of each row's adapter."""
+        if adapters is not None and not self.disabled:
+            return adapters.owners(batch)
+        keys = [self.adapter_key(name) for name in self.live()]
+        return (b"".join(keys) or None,) * batch
 
     def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
         """Returns the adapter of each request, having checked the names; by default the model's active adapter.
@@ -209,13 +241,13 @@ class Routing:
                     f"adapter_names has {len(names)} names for {num_requests} prompts: give one per prompt"
                 )
             return list(names)
-        active = {name for layer in self._layers for name in layer.live_adapters()}
+        active = self.live()
         if len(active) > 1:
             raise ValueError(
-                f"adapters {', '.join(sorted(active))} are active at once: continuous batching takes one adapter per "
+                f"adapters {', '.join(active)} are active at once: continuous batching takes one adapter per "
                 "request; name it with adapter_names, or choose one with set_adapter"
             )
-        return [*(active or {BASE_NAME})] * num_requests
+        return (active or [BASE_NAME]) * num_requests
 
     def adapter_key(self, name: str) -> bytes:
         """Returns what the KV of an adapter's prompts is known by, 16 bytes; another one once its weights change.

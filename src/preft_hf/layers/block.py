@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from preft_core.ops import add_direft_, direft_update, loreft_update
 from preft_hf.config import PreftConfig
 from preft_hf.layers.linear import PreftLayer, dropout_of
+from preft_hf.layers.per_thread import untraced
 from preft_hf.layers.phase import ForwardPhase, RoutedRows, SharedPhase
 from preft_hf.layers.rows import cast, check_present, check_slots, flat, masked, rows_added, rows_of
 
@@ -72,7 +73,7 @@ class PreftBlock(nn.Module, PreftLayer):
         hidden = output[0] if several else output
         names = self._active_here()
         if isinstance(phase, RoutedRows) and not self._disable_adapters:
-            edited = self._edit_routed(hidden, phase)  # pyright: ignore[reportCallIssue]
+            edited = self._edit_routed(hidden, phase)
         elif names:
             edited = self._edit(hidden, self.phase.current(), names)
         else:
@@ -89,7 +90,7 @@ class PreftBlock(nn.Module, PreftLayer):
             return hidden + masked(update, phase, hidden.shape)
         return rows_added(hidden, index.to(hidden.device), update)
 
-    @torch.compiler.disable
+    @untraced
     def _edit_routed(self, hidden: Tensor, phase: RoutedRows) -> Tensor:
         """Returns the stream with the update of its own adapter on each row."""
         edited = flat(hidden, phase.shape).clone()

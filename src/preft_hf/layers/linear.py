@@ -13,6 +13,7 @@ from preft_core.ops import add_lora_, lora_update
 from preft_core.ops.weights import Weights
 from preft_core.pool.layout import Bucket
 from preft_hf.config import REFERENCE_NAME, PreftConfig
+from preft_hf.layers.per_thread import untraced
 from preft_hf.layers.phase import ForwardPhase, RoutedRows, SharedPhase
 from preft_hf.layers.rows import add_rows_, cast, check_present, check_slots, flat, masked, rows_added, rows_of
 
@@ -66,7 +67,7 @@ class PreftLayer(BaseTunerLayer):
         return (
             self.scaling.get(adapter_name),
             self._disable_adapters,
-            *((id(t), t.data_ptr(), t._version) for t in tensors),
+            *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors),
         )
 
     def _active_here(self) -> list[str]:
@@ -132,7 +133,7 @@ class PreftLinear(nn.Module, PreftLayer):
         if phase is False:
             return output
         if isinstance(phase, RoutedRows):
-            return self._add_routed(output, x, phase)  # pyright: ignore[reportCallIssue]
+            return self._add_routed(output, x, phase)
         if names := self._active_here():
             phase = self.phase.current()
             for name in names:
@@ -162,7 +163,7 @@ class PreftLinear(nn.Module, PreftLayer):
         add_rows = add_rows_ if self._output_is_ours else rows_added
         return add_rows(output, index.to(x.device), update)
 
-    @torch.compiler.disable
+    @untraced
     def _add_routed(self, output: Tensor, x: Tensor, phase: RoutedRows) -> Tensor:
         """Adds to each row the update of its own adapter."""
         self._active_here()

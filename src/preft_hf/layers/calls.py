@@ -8,10 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
-from preft_hf.forward.per_thread import PerThread
+from preft_hf.layers.per_thread import PerThread, untraced
 from preft_hf.layers.phase import ForwardPhase, Undecided
 
 
@@ -63,10 +62,10 @@ class Calls:
             )
         self._end()
 
-    @torch.compiler.disable
+    @untraced
     def hold(self, adapters: Releasable) -> None:
         """Keeps the adapters of this thread's call, which pins them, until `let_go`."""
-        self.let_go()  # pyright: ignore[reportAttributeAccessIssue]
+        self.let_go()
         self._here.adapters = adapters
         self._holding[id(adapters)] = threading.get_ident(), adapters
 
@@ -75,7 +74,7 @@ class Calls:
         """True if this thread's call has adapters that it may have pinned. torch.compile traces it."""
         return getattr(self._here, "adapters", None) is not None
 
-    @torch.compiler.disable
+    @untraced
     def let_go(self) -> None:
         """Unpins the adapters of this thread's call, if it has any."""
         adapters = getattr(self._here, "adapters", None)
@@ -97,7 +96,7 @@ class Calls:
     def _end(self) -> None:
         self._phase.end()
         self._phase.reached = None
-        self.let_go()  # pyright: ignore[reportAttributeAccessIssue]
+        self.let_go()
 
     def _gone(self, thread: int) -> None:
         if thread == threading.get_ident() and self._left_over() and num_calls(self._model, thread) == 0:
