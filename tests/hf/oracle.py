@@ -74,8 +74,8 @@ def two_phase_greedy(
     """Returns the new tokens (batch, num_new) and the logits they came from (batch, num_new, vocabulary).
 
     Args:
-        cache: of any class, by default an empty DynamicCache. A cache that is given gets no attention mask: it may hold
-            fewer tokens than the mask has
+        cache: of any class, by default an empty DynamicCache; with a cache that is given no attention mask is passed,
+            since it may hold fewer tokens than the mask has
         first: position of the first of input_ids, for a cache that is not empty
         before_decode: called with the cache before each decode forward
     """

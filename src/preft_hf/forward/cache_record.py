@@ -133,8 +133,8 @@ def check_owners(cache: Any, owners: Owners | None) -> None:
     before = _matched(record.owners, len(owners))
     if len(before) != len(owners):
         raise ValueError(
-            f"the cache holds {len(before)} rows of several adapters and this batch has {len(owners)} rows, so nothing "
-            "tells which row goes on with which: keep one cache per adapter, or generate without past_key_values"
+            f"the cache holds {len(before)} rows of several adapters and this batch has {len(owners)} rows, so "
+            "nothing tells which rows belong together: use one cache per adapter, or generate without past_key_values"
         )
     faults = [i for i, (old, new) in enumerate(zip(before, owners, strict=True)) if old not in (None, new)]
     if faults:

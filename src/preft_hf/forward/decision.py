@@ -1,4 +1,4 @@
-"""Which tokens of a forward are prefill: by its mask, its labels, `preft_phase`, or its cache, in this order."""
+"""Which tokens of a forward are prefill: by its mask, its labels, a declaration, or its cache, in this order."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from preft_hf.forward.caches import cache_of, cached_length
 from preft_hf.forward.labels import check_prompts, mask_from_labels
 from preft_hf.forward.positions import WholePrefill
 from preft_hf.forward.trainer_step import trainer_of_step
-from preft_hf.layers.phase import SharedPhase, declared_phase, phase_of_mask
+from preft_hf.layers.phase import SharedPhase, declared, phase_of_mask
 
 
 def given_phase(mask: Any, values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
@@ -62,9 +62,11 @@ def inferred_phase(
         )
     if values.get("labels") is not None:
         return _phase_of_labels(values, shape)
-    declared = declared_phase()
-    if declared is not None:
-        return declared
+    declaration = declared()
+    if isinstance(declaration, tuple):
+        return _phase_of_context(declaration, values, shape)
+    if declaration is not None:
+        return declaration
     if is_training:
         raise ValueError(
             "a PreFT model in train mode was given neither labels nor prefill_mask, so it cannot tell prompt from "
@@ -92,14 +94,37 @@ def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> Share
     if not isinstance(attention_mask, Tensor):
         attention_mask = None
     mask = mask_from_labels(labels, attention_mask)
-    if not torch.compiler.is_compiling() and declared_phase() is not None:
+    if not torch.compiler.is_compiling() and declared() is not None:
         raise ValueError(
-            "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
+            "labels were given inside preft_phase or preft_scoring: labels already tell prompt from response tokens; "
+            "leave one out"
         )
     ids = values.get("input_ids")
     return phase_of_mask(
         check_prompts(mask, labels, values.get("attention_mask"), values.get("position_ids"), input_ids=ids)
     )
+
+
+def _phase_of_context(lengths: tuple[int, ...], values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
+    num_rows = shape[0]
+    if len(lengths) not in (1, num_rows):
+        raise ValueError(
+            f"preft_scoring has {len(lengths)} context lengths and the forward {num_rows} rows: give one per row"
+        )
+    held = cached_length(cache_of(values))
+    if held != 0:
+        raise ValueError(
+            "a forward inside preft_scoring was given a cache that is not empty: give each row whole, its context and "
+            'its continuation, or use preft_phase("prefill") and then preft_phase("decode")'
+        )
+    tokens = next(values[name] for name in ("input_ids", "inputs_embeds") if values.get(name) is not None)
+    attended = values.get("attention_mask")
+    if isinstance(attended, Tensor) and tuple(attended.shape) == shape:
+        attended = attended.to(tokens.device, torch.bool)
+    else:
+        attended = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+    place = attended.cumsum(1)
+    return phase_of_mask(attended & (place <= torch.tensor(lengths, device=tokens.device)[:, None]))
 
 
 def _phase_of_cache(cache: Any, num_tokens: int) -> SharedPhase:

@@ -1,4 +1,4 @@
-"""`generate`: where the prompt ends, told to every forward of one generation, whatever its decoding method."""
+"""`generate`: tells every forward of a generation which of its tokens are prompt, whatever the decoding method."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,9 +14,20 @@ from preft_hf.forward.continuous import ContinuousBatching
 from preft_hf.forward.positions import Generation, WholePrefill, first_position, generation_of
 from preft_hf.forward.routing import Routing, RowAdapters
 from preft_hf.layers.per_thread import PerThread
-from preft_hf.layers.phase import ForwardPhase, declared_phase
+from preft_hf.layers.phase import ForwardPhase, declared
 
-CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+PATCHES = {
+    "generate": "records where the prompt ends, which tokens of it the model has generated into a cache that is "
+    "continued, and the adapter of each prompt; afterwards records in the cache what was generated",
+    "prepare_inputs_for_generation": "adds prefill_mask and adapter_names to a forward by the positions of its tokens",
+    "heal_tokens": "moves the end of the prompt, and passes on the adapter to the generate calls inside",
+    "generate_batch": "takes one adapter name per request",
+    "init_continuous_batching": "returns a manager whose requests have adapters; refuses compiled prefill",
+}
+"""The methods of a model that are replaced on the instance, and what each replacement adds. `remove` undoes all.
+
+The replacements of a continuous batching manager's methods are in `continuous.Requests`.
+"""
 
 
 class _ThreadState(PerThread):
@@ -25,12 +36,12 @@ class _ThreadState(PerThread):
 
 
 class PromptBoundary:
-    """Stands in for one model's `generate` and `prepare_inputs_for_generation`.
+    """Replaces the methods of one model that PATCHES lists, and keeps the state of each running generation.
 
     `generate` records the length of the prompt. `prepare_inputs_for_generation`, which every decoding method calls
     before every forward, then adds `prefill_mask` by the positions of the forward's tokens. A generate inside a
-    generate, as a streamer or a stopping criterion may call it, has a prompt and adapters of its own. Only where the
-    model drafts for itself (early exit), the prompt is the outer one's.
+    generate, as a streamer or a stopping criterion may call it, has its own prompt and adapters. Only where the model
+    drafts for itself (early exit), the prompt is that of the outer generate.
     """
 
     def __init__(self, model: nn.Module, routing: Routing, phase: ForwardPhase):
@@ -39,24 +50,16 @@ class PromptBoundary:
         self._phase = phase
         self._thread = _ThreadState()
         self._own_methods: dict[str, Any] = {}
-        if hasattr(model, "generate"):
-            self._replace("generate", Replacement(self, "generate"))
-            self._replace("prepare_inputs_for_generation", Replacement(self, "prepare_inputs_for_generation"))
-        if hasattr(model, "heal_tokens"):
-            self._replace("heal_tokens", Replacement(self, "heal_tokens"))
-        if hasattr(model, "generate_batch"):
-            batching = ContinuousBatching(model, routing, self.original)
-            for name in CONTINUOUS_BATCHING:
-                self._replace(name, getattr(batching, name))
-
-    def _replace(self, name: str, replacement: Callable[..., Any]) -> None:
-        if name in self.model.__dict__:
-            self._own_methods[name] = self.model.__dict__[name]
-        self.model.__dict__[name] = replacement
+        batching = ContinuousBatching(model, routing, self.original)
+        for name in PATCHES:
+            if hasattr(model, name):
+                if name in model.__dict__:
+                    self._own_methods[name] = model.__dict__[name]
+                model.__dict__[name] = getattr(batching, name) if hasattr(batching, name) else Replacement(self, name)
 
     def remove(self) -> None:
         """Gives the model its own methods back."""
-        for name in ("generate", "prepare_inputs_for_generation", "heal_tokens", *CONTINUOUS_BATCHING):
+        for name in PATCHES:
             self.model.__dict__.pop(name, None)
         self.model.__dict__.update(self._own_methods)
 
@@ -66,16 +69,16 @@ class PromptBoundary:
 
     @property
     def active(self) -> bool:
-        """True while this thread is inside the model's generate, as far as torch.compile does not trace it."""
+        """True while this thread is inside the model's generate; False while torch.compile traces."""
         return not torch.compiler.is_compiling() and self._thread.generation is not None
 
     @property
     def drafting(self) -> bool:
-        """True while the model drafts for a generate of its own in this thread: early exit runs some layers only."""
+        """True while the model drafts for its own generate in this thread: early exit runs some layers only."""
         return self._thread.generation is not None and self._thread.generation.drafting
 
     def unpin(self) -> None:
-        """Lets go of the adapters of this thread's generation, whose next forward of prompt tokens pins them again.
+        """Unpins the adapters of this thread's generation; its next forward of prompt tokens pins them again.
 
         Another call of the model inside that generation may need their slots.
         """
@@ -84,10 +87,10 @@ class PromptBoundary:
             generation.adapters.release()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if declared_phase() is not None:
+        if declared() is not None:
             raise ValueError(
-                "generate was called inside preft_phase: generate itself tells prompt tokens from generated ones; "
-                "call it outside, and keep preft_phase for forwards of your own"
+                "generate was called inside preft_phase or preft_scoring: generate itself tells prompt tokens from "
+                "generated ones; call it outside"
             )
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(
@@ -99,11 +102,11 @@ class PromptBoundary:
         kwargs.pop("adapter_names", None)
         self._thread.generation = generation
         try:
-            # the names are with the generation now; compiled decode steps must not look for declared ones
+            # The generation has the names now. Compiled decode steps must not look for declared ones.
             with self.routing.declare(None):
                 output = self.original("generate")(inputs, *args, **kwargs)
         finally:
-            # after a KeyboardInterrupt no hook has ended the forward's phase
+            # After a KeyboardInterrupt no hook has ended the forward's phase.
             self._phase.end()
             self._thread.generation = outer
             if generation.adapters is not None and not generation.drafting:
@@ -135,7 +138,7 @@ class PromptBoundary:
         return not self.routing.disabled and set(adapters.names) != {BASE_NAME}
 
     def heal_tokens(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Token healing makes a prompt of another length, and calls generate for the last token of each row."""
+        """Follows token healing, which changes the prompt's length and calls generate for each row's last token."""
         generation = self._thread.generation
         if generation is None:
             return self.original("heal_tokens")(input_ids, *args, **kwargs)
@@ -195,7 +198,7 @@ class PromptBoundary:
 
 
 class Replacement:
-    """An instance attribute that takes the place of a model's method and shows the method's signature."""
+    """An instance attribute that replaces a model's method and has the method's signature."""
 
     def __init__(self, boundary: PromptBoundary, name: str):
         self.boundary = boundary
@@ -211,6 +214,6 @@ class Replacement:
 
 
 def _is_draft(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """True for the generate that transformers calls to have candidates drafted, which it marks in the config."""
+    """Returns True for the generate by which transformers drafts candidates, which it marks in the config."""
     config = kwargs.get("generation_config", args[0] if args else None)
     return bool(getattr(config, "is_assistant", False))

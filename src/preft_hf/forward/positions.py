@@ -91,10 +91,8 @@ def generation_of(
     num_masked = mask.shape[1] if embeds is None and mask is not None and mask.shape[1] != num_ids else None
     held, record = cached_length(cache) or 0, record_of(cache)
     seen = held if record is None else record.position(held, num_ids, num_masked)
-    if embeds is not None:
-        prompt_length = embeds.shape[1]
-    else:
-        prompt_length = num_ids if num_masked is None else seen + num_ids
+    num_given = num_ids if embeds is None else embeds.shape[1]
+    prompt_length = num_given if num_masked is None else seen + num_ids
     first_id = prompt_length - num_ids
     rows = next((len(x) for x in (ids, embeds) if x is not None), 1)
     new_ids = None if ids is None or num_ids == 0 else ids[:, seen - first_id :]
@@ -138,6 +136,6 @@ def first_position(model_inputs: Mapping[str, Any], num_ids: int, num_tokens: in
     raise RuntimeError(
         f"the position of a forward's {num_tokens} tokens is {counted} as counted, {by_ids} by the ids given to "
         f"prepare_inputs_for_generation, and the cache holds {length} tokens, so nothing tells prompt tokens from "
-        "generated ones: with assisted decoding and in custom loops use a cache that keeps every token, and to continue "
-        "one give only the new ids, with an attention_mask over the whole request"
+        "generated ones: with assisted decoding and in custom loops use a cache that keeps every token, and to "
+        "continue one give only the new ids, with an attention_mask over the whole request"
     )

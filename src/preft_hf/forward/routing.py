@@ -225,8 +225,10 @@ class Routing:
         """Returns whose keys and values a forward of prompt tokens makes: the key of each row's adapter."""
         if adapters is not None and not self.disabled:
             return adapters.owners(batch)
-        keys = [self.adapter_key(name) for name in self.live()]
-        return (b"".join(keys) or None,) * batch
+        if not any(layer.is_live() for layer in self._layers):
+            return (None,) * batch
+        active = {name for layer in self._layers if not layer.disable_adapters for name in layer.active_adapters}
+        return (b"".join(self.adapter_key(name) for name in sorted(active)),) * batch
 
     def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
         """Returns the adapter of each request, having checked the names; by default the model's active adapter.
@@ -260,10 +262,8 @@ class Routing:
             assert self.pool is not None
             with self.pool.acquire([name], idle=self.calls.sweep) as lease:
                 return pool_key(lease.slots[name])
-        digest = hashlib.blake2b(name.encode(), digest_size=16)
-        for layer in self._layers:
-            digest.update(repr(layer.state_of(name)).encode())
-        return digest.digest()
+        state = [layer.state_of(name) for layer in self._layers]
+        return hashlib.blake2b(repr((name, state)).encode(), digest_size=16).digest()
 
 
 def pool_key(slot: Slot) -> bytes:

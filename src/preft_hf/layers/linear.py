@@ -62,13 +62,13 @@ class PreftLayer(BaseTunerLayer):
 
     def state_of(self, adapter_name: str) -> tuple[object, ...]:
         """Returns what changes when the adapter's weights here do, by PyTorch's own count of changes."""
-        found = [getattr(self, leaf) for leaf in self.adapter_layer_names]
-        tensors = [parameters[adapter_name] for parameters in found if adapter_name in parameters]
-        return (
-            self.scaling.get(adapter_name),
-            self._disable_adapters,
-            *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors),
-        )
+        # Every prefill forward asks every layer: nn.Module's attribute search would take most of the time.
+        modules, state = self.__dict__["_modules"], [self.scaling.get(adapter_name), self._disable_adapters]
+        for leaf in self.adapter_layer_names:
+            tensor = modules[leaf]._parameters.get(adapter_name)
+            if tensor is not None:
+                state += id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+        return tuple(state)
 
     def _active_here(self) -> list[str]:
         """Returns the names of the adapters that act on this layer's prefill tokens."""

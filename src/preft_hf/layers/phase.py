@@ -1,7 +1,7 @@
 """The phase of the current forward: which of its tokens are prefill, and the context that carries it to the layers."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from preft_core.pool.layout import Bucket
 from preft_core.rule.tokens import Segments
 
-_DECLARED_PHASE: ContextVar[str | None] = ContextVar("preft_phase", default=None)
+_DECLARED: ContextVar[bool | tuple[int, ...] | None] = ContextVar("preft_declared", default=None)
 
 
 class Undecided(Enum):
@@ -116,14 +116,14 @@ class ForwardPhase:
         if not isinstance(phase, Undecided):
             assert not isinstance(phase, RoutedRows)
             return phase
-        declared = declared_phase()
-        if declared is None:
+        declaration = declared()
+        if not isinstance(declaration, bool):
             raise RuntimeError(
                 "a PreFT adapter layer ran outside of its model's forward, so it cannot tell prefill from decode "
                 "tokens: call the model that the adapter was attached to (not its inner backbone, nor model.forward), "
                 'or wrap the call in preft_phase("prefill") or preft_phase("decode")'
             )
-        return declared
+        return declaration
 
     def snapshot(self) -> Phase | Undecided:
         """Returns this thread's state, for `replay`."""
@@ -140,19 +140,23 @@ class ForwardPhase:
             self._thread.phase = before
 
 
-def declared_phase() -> bool | None:
-    """Returns True inside preft_phase("prefill"), False inside preft_phase("decode"), None elsewhere."""
-    phase = _DECLARED_PHASE.get()
-    return None if phase is None else phase == "prefill"
+def declared() -> bool | tuple[int, ...] | None:
+    """Returns what is declared for forwards in this context.
+
+    Returns:
+        True inside preft_phase("prefill"), False inside preft_phase("decode"), the context lengths inside
+        preft_scoring, None elsewhere.
+    """
+    return _DECLARED.get()
 
 
 @contextmanager
 def preft_phase(phase: Literal["prefill", "decode"]) -> Iterator[None]:
     """Declares that every token of the forwards inside is prefill, or that every one is decode.
 
-    For hand-written loops; `generate` and rows with labels know by themselves. Under torch.compile pass
-    `prefill_mask=True` or `prefill_mask=False` to the model instead, which compiles without a graph break. From
-    transformers 5.24 on the cache is called `cache`.
+    For custom loops; `generate` and rows with labels need no declaration. Under torch.compile pass `prefill_mask=True`
+    or `prefill_mask=False` to the model instead, which compiles without a graph break. From transformers 5.24 on the
+    cache is called `cache`.
 
         with preft_phase("prefill"):
             output = model(input_ids=prompt)
@@ -162,15 +166,48 @@ def preft_phase(phase: Literal["prefill", "decode"]) -> Iterator[None]:
     Args:
         phase: "prefill" (adapted) or "decode" (base model)
     Raises:
-        ValueError: another phase, or a preft_phase inside a preft_phase.
+        ValueError: another phase, or inside another preft_phase or preft_scoring.
     """
     if phase not in ("prefill", "decode"):
         raise ValueError(f'phase is {phase!r}: preft_phase takes "prefill" or "decode"')
-    outer = _DECLARED_PHASE.get()
+    with _declare(phase == "prefill", f"preft_phase({phase!r})"):
+        yield
+
+
+@contextmanager
+def preft_scoring(context_lengths: int | Sequence[int]) -> Iterator[None]:
+    """Declares for the forwards inside that each row is a context and a continuation that is scored.
+
+    The context is prefill and the continuation is decode, so one forward gives the log-likelihood that generation
+    would give the continuation: logits at the last context token predict its first token. Rows that hold labels need
+    no declaration.
+
+        with preft_scoring([len(context) for context in contexts]):
+            logits = model(input_ids=rows, attention_mask=mask).logits
+
+    Args:
+        context_lengths: tokens of each row's context, >= 1, padding not counted; one number stands for all rows
+    Raises:
+        ValueError: a length below 1, no length, or inside another preft_scoring or preft_phase.
+    """
+    lengths = (context_lengths,) if isinstance(context_lengths, int) else tuple(int(n) for n in context_lengths)
+    if not lengths or min(lengths) < 1:
+        raise ValueError(
+            f"context_lengths is {context_lengths!r}: give each row's number of context tokens, 1 or more; a row "
+            "without context takes the beginning-of-text token as its context"
+        )
+    with _declare(lengths, "preft_scoring"):
+        yield
+
+
+@contextmanager
+def _declare(declaration: bool | tuple[int, ...], name: str) -> Iterator[None]:
+    outer = _DECLARED.get()
     if outer is not None:
-        raise ValueError(f"preft_phase({phase!r}) inside preft_phase({outer!r}): leave the outer one first")
-    token = _DECLARED_PHASE.set(phase)
+        kind = "preft_scoring" if isinstance(outer, tuple) else f"preft_phase({'prefill' if outer else 'decode'!r})"
+        raise ValueError(f"{name} inside {kind}: leave the outer one first")
+    token = _DECLARED.set(declaration)
     try:
         yield
     finally:
-        _DECLARED_PHASE.reset(token)
+        _DECLARED.reset(token)
