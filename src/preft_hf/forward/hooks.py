@@ -1,4 +1,4 @@
-"""Decides the phase each time a model is called, and carries what PreFT puts on a model besides its layers."""
+"""The hooks that set the phase of each forward, and all else that PreFT attaches to a model besides its layers."""
 
 import inspect
 import warnings
@@ -30,14 +30,15 @@ class _ThreadState(PerThread):
 
 
 class Attachment:
-    """What PreFT puts on one model: the phase its layers read, the hooks that set it, its generate.
+    """What PreFT attaches to one model: hooks, replaced methods, and the state that they and the layers share.
 
     Attributes:
         phase: the phase of the running forward, shared by all adapter layers of the model
         layers: the model's adapter layers
-        calls: the forwards under way, in every thread
-        routing: the adapters of each row, where a batch has several
-        awaiting: adapters made for saved weights that have not arrived; they must not run
+        calls: the running forwards of all threads
+        routing: the model's adapters by name, for batches whose rows have different ones
+        boundary: the replaced methods, such as generate
+        awaiting: adapters whose saved weights are not loaded yet; they must not run
     """
 
     def __init__(self, model: nn.Module):
@@ -59,9 +60,9 @@ class Attachment:
         ]
 
     def add_layer(self, layer: PreftLayer, handle: Any = None) -> None:
-        """Takes an adapter layer into account, and the handle of its hook along, to be removed with it.
+        """Registers an adapter layer, and the handle of its hook, which is removed with it.
 
-        While the model's adapters are disabled, those of a new layer are too.
+        If the model's adapters are disabled, so are those of the new layer.
         """
         if self.routing.disabled:
             layer.enable_adapters(False)
@@ -71,7 +72,7 @@ class Attachment:
             self._layer_handles.append((layer, handle))
 
     def drop_layer(self, layer: PreftLayer) -> None:
-        """Forgets an adapter layer that was taken out of the model."""
+        """Unregisters an adapter layer that was removed from the model."""
         self.layers[:] = [kept for kept in self.layers if kept is not layer]
         for owner, handle in self._layer_handles:
             if owner is layer:
@@ -79,7 +80,7 @@ class Attachment:
         self._layer_handles = [pair for pair in self._layer_handles if pair[0] is not layer]
 
     def remove(self) -> None:
-        """Takes the hooks and the wrapped methods off the model."""
+        """Removes the hooks and gives the model its own methods back."""
         for handle in (*self._handles, *(handle for _, handle in self._layer_handles)):
             handle.remove()
         self.boundary.remove()
@@ -106,7 +107,7 @@ class Attachment:
     def _phase_of(
         self, module: nn.Module, values: Mapping[str, Any], mask: Any, adapters: RowAdapters | PackedAdapters | None
     ) -> Phase:
-        """Returns the phase of a forward, for each row of its own adapter if they were named."""
+        """Returns the phase of a forward; if adapters were named, that of each row's adapter."""
         if adapters is not None and self.routing.disabled:
             return False
         tokens = values.get("input_ids")
@@ -129,7 +130,7 @@ class Attachment:
         phase: Phase,
         adapters: RowAdapters | PackedAdapters | None,
     ) -> None:
-        """Prepares what `_after_forward` checks and records of a forward with prompt tokens."""
+        """Checks the owner of the cache, and sets what `_after_forward` needs, if the forward has prompt tokens."""
         self.phase.reached = self._thread.owners = None
         if phase is False:
             return
@@ -147,7 +148,7 @@ class Attachment:
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.phase.end()
         if self.calls.is_holding:
-            self.calls.let_go()
+            self.calls.unpin()
         if not torch.compiler.is_compiling():
             self._finish(kwargs, output)
 
@@ -173,7 +174,7 @@ class Attachment:
             names = {id(module): name for name, module in self.model.named_modules()}
             warnings.warn(
                 f"the forward did not run the adapters of {len(skipped)} layers, such as "
-                f"{names.get(id(skipped[0]))}: the model takes another way past them, so they have no effect; leave "
+                f"{names.get(id(skipped[0]))}: the model bypasses them, so they have no effect; leave "
                 "these layers out with exclude_modules or layers_to_transform",
                 stacklevel=2,
             )
@@ -188,7 +189,7 @@ class Attachment:
             )
 
     def _row_adapters(self, module: nn.Module, given: Any) -> RowAdapters | PackedAdapters | None:
-        """Returns the adapters of the rows: those that generate passes on, or that this forward was given itself."""
+        """Returns the adapters of the rows, passed on by generate or given to this forward."""
         if isinstance(given, RowAdapters):
             return given
         given = self.routing.declared if given is None else given
@@ -198,7 +199,7 @@ class Attachment:
 
     @untraced
     def _take(self, given: Any, training: bool) -> RowAdapters | PackedAdapters:
-        """Returns the adapters of this forward alone, which are let go at its end."""
+        """Returns the adapters of this forward, which are unpinned at its end."""
         self.boundary.unpin()
         adapters = given if isinstance(given, PackedAdapters) else self.routing.of(given, training)
         self.calls.hold(adapters)

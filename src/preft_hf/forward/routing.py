@@ -1,4 +1,4 @@
-"""One adapter per row: names given with a batch, followed through its generation to the rows of each forward."""
+"""One adapter per row: from the names given with a batch to the rows of each of its forwards."""
 
 import hashlib
 import threading
@@ -36,7 +36,7 @@ class RoutedSpan:
 def routed_rows(
     spans: Sequence[RoutedSpan], pinned: Mapping[str, Slot], shape: tuple[int, int], device: torch.device
 ) -> RoutedRows:
-    """Returns the phase of a packed forward of (1, length) tokens. Those not pinned are the layers' own."""
+    """Returns the phase of a packed forward of (1, length) tokens. Adapters that are not pinned are in the layers."""
 
     def segments(numbers: Mapping[str, int], device: torch.device | str) -> Segments:
         found = [Span(numbers.get(span.name, BASE), span.begin, span.end) for span in spans]
@@ -112,7 +112,7 @@ class RowAdapters:
         return [name for name in self.names for _ in range(copies)]
 
     def release(self) -> None:
-        """Unpins: the forwards that follow do not need these adapters. Does nothing if none is pinned."""
+        """Unpins the adapters; a no-op if none is pinned."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.release()
@@ -126,17 +126,17 @@ class RowAdapters:
         if self._fingerprints not in (None, found):
             lease.release()
             raise RuntimeError(
-                f"one of the adapters {', '.join(sorted(found))} was replaced while a generation used it: its prompt "
-                "would be made by two adapters; generate again"
+                f"one of the adapters {', '.join(sorted(found))} was replaced while a generation used it: two "
+                "adapters would read its prompt; generate again"
             )
         self._lease, self._fingerprints = lease, found
 
 
 class Routing:
-    """Knows a model's adapters by name, those that its layers hold and those of its pool.
+    """Looks up a model's adapters by name: those in its layers and those of its pool.
 
     Attributes:
-        calls: the model's forwards under way, which have adapters pinned
+        calls: the model's running forwards, which pin adapters
         pool: set and removed by PreftPool
     """
 
@@ -150,18 +150,18 @@ class Routing:
 
     @property
     def disabled(self) -> bool:
-        """True while the model's adapters are disabled, those of a pool and those that rows name included."""
+        """True while the model's adapters are disabled, including those of a pool and those named per row."""
         return bool(self._layers) and all(layer.disable_adapters for layer in self._layers)
 
     @property
     def declared(self) -> list[str] | None:
-        """The names that PEFT's forward or generate was given in this thread."""
-        # Names read in traced code would be a guard, so it leaves the graph where any thread declares some.
+        """The adapter_names that PEFT's forward or generate was given in this thread."""
+        # Names read in traced code would become a guard, so the graph breaks here while any thread declares some.
         return self._read() if self._num_declaring else None
 
     @contextmanager
     def declare(self, names: list[str] | None) -> Iterator[None]:
-        """Says the adapter of each row for the call inside, where PEFT leaves no argument to say it."""
+        """Sets the adapter of each row for the call inside, where PEFT passes no argument on."""
         if names is None and not self._num_declaring:
             yield
             return
@@ -186,16 +186,16 @@ class Routing:
         return {"layers": self._layers, "pool": self.pool, "calls": self.calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # in two steps, since layers and model refer to each other
+        # In two steps, since layers and model refer to each other.
         self.__init__(state["layers"], state["calls"])
         self.pool = state["pool"]
 
     def held(self) -> set[str]:
-        """Returns the names of the adapters that the model's layers hold."""
+        """Returns the names of the adapters in the model's layers."""
         return {name for layer in self._layers for name in layer.preft_A}
 
     def of(self, names: Sequence[str], training: bool, expands: bool = False) -> RowAdapters:
-        """Returns the adapters of a batch, having checked their names.
+        """Returns the adapters of a batch after checking their names.
 
         Args:
             expands: whether generate may repeat the rows
@@ -218,7 +218,7 @@ class Routing:
         return RowAdapters(names, self, expands)
 
     def live(self) -> list[str]:
-        """Returns the adapters that act on rows without a name of their own: active and not disabled."""
+        """Returns the adapters that act on rows without a name: those that are active and not disabled."""
         return sorted({name for layer in self._layers for name in layer.live_adapters()})
 
     def owners(self, adapters: RowAdapters | None, batch: int) -> tuple[bytes | None, ...]:
@@ -231,7 +231,7 @@ class Routing:
         return (b"".join(self.adapter_key(name) for name in sorted(active)),) * batch
 
     def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
-        """Returns the adapter of each request, having checked the names; by default the model's active adapter.
+        """Returns the adapter of each request after checking the names; by default the model's active adapter.
 
         Raises:
             TypeError, ValueError: as in `of`; not as many names as requests; no names where several are active.
@@ -252,9 +252,9 @@ class Routing:
         return (active or [BASE_NAME]) * num_requests
 
     def adapter_key(self, name: str) -> bytes:
-        """Returns what the KV of an adapter's prompts is known by, 16 bytes; another one once its weights change.
+        """Returns the key of the KV that an adapter makes, 16 bytes. It changes with the adapter's weights.
 
-        A weight written through `.data` or NumPy does not show in the key of an adapter that the layers hold.
+        A write through `.data` or NumPy does not change the key of an adapter in the layers.
         """
         if self.disabled:
             return hashlib.blake2b(b"disabled", digest_size=16).digest()
@@ -267,7 +267,7 @@ class Routing:
 
 
 def pool_key(slot: Slot) -> bytes:
-    """Returns what the KV of the prompts of a pool's adapter is known by, 16 bytes."""
+    """Returns the key of the KV that an adapter of a pool makes, 16 bytes."""
     return hashlib.blake2b(f"pool {slot.fingerprint}".encode(), digest_size=16).digest()
 
 

@@ -17,8 +17,8 @@ from preft_hf.layers.rows import cast, check_present, check_slots, flat, masked,
 class PreftBlock(nn.Module, PreftLayer):
     """DiReFT-P or LoReFT adapters of one decoder layer: h <- h + update(h) on prefill tokens.
 
-    Lives inside the decoder layer as its child `preft` and edits the layer's output from a forward hook, so that the
-    layer keeps its class, its attributes and its parameter names, and `output_hidden_states` shows the edit.
+    Is the child `preft` of the decoder layer and edits the layer's output in a forward hook. So the layer keeps its
+    class, its attributes and its parameter names, and `output_hidden_states` shows the edit.
     """
 
     adapter_layer_names = ("preft_A", "preft_B", "preft_R", "preft_bias")
@@ -92,7 +92,7 @@ class PreftBlock(nn.Module, PreftLayer):
 
     @untraced
     def _edit_routed(self, hidden: Tensor, phase: RoutedRows) -> Tensor:
-        """Returns the stream with the update of its own adapter on each row."""
+        """Returns the stream with the update of each row's adapter."""
         edited = flat(hidden, phase.shape).clone()
         for name, rows in phase.held.items():
             if name in self.preft_A:

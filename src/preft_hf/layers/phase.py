@@ -39,12 +39,12 @@ class PrefillRows:
 
 
 class RoutedRows:
-    """A forward in which each row of the batch has an adapter of its own, or none.
+    """A forward whose rows have different adapters, or none.
 
     Attributes:
         shape: (batch, length)
-        held: adapter name -> positions of its prefill tokens in the flattened batch, for adapters that the model's
-            layers hold; a slice where they are consecutive, else int64 (rows,)
+        held: adapter name -> positions of its prefill tokens in the flattened batch, for adapters in the model's
+            layers; a slice where they are consecutive, else int64 (rows,)
         pooled: bucket -> segments of the flattened batch, for adapters in the slots of a pool
     """
 
@@ -57,7 +57,7 @@ class RoutedRows:
 
 
 SharedPhase = bool | PrefillRows
-"""All tokens prefill (True), none (False), or some; of the active adapters, for all rows the same."""
+"""All tokens are prefill (True), none (False), or some. The active adapters act on every row."""
 Phase = SharedPhase | RoutedRows
 
 
@@ -74,16 +74,16 @@ def phase_of_mask(mask: Tensor) -> SharedPhase:
 
 
 class ForwardPhase:
-    """The phase of the forward that is running on one model, kept apart for each thread.
+    """The phase of the forward that is running on one model, per thread.
 
     The model's pre-forward hook calls `begin`, the adapter layers ask `current`, the post-forward hook calls `end`.
-    torch.compile traces all three. What it does not compile, after a graph break or because torch gave a layer up,
-    finds the phase where the compiled part has left it, in the same thread.
+    torch.compile traces all three. Code that it does not compile, after a graph break or at a recompile limit, reads
+    the phase that the compiled part has set in the same thread.
     """
 
     def __init__(self) -> None:
-        # torch.compile traces it. Of a subclass it loses what traced code writes, without an error, unless that has
-        # __slots__, and fails on attributes of the class (torch 2.13).
+        # torch.compile traces it. With a subclass it drops what traced code writes, without an error, unless the
+        # subclass has __slots__, and it fails on class attributes (torch 2.13).
         self._thread = threading.local()
 
     def __reduce__(self) -> tuple[type["ForwardPhase"], tuple[()]]:
@@ -91,7 +91,7 @@ class ForwardPhase:
 
     @property
     def reached(self) -> set[int] | None:
-        """The ids of the adapter layers that have run in this thread's forward, while somebody counts them."""
+        """The ids of the adapter layers that have run in this thread's forward; None while reach checking is off."""
         return getattr(self._thread, "reached", None)
 
     @reached.setter
@@ -99,11 +99,11 @@ class ForwardPhase:
         self._thread.reached = reached
 
     def begin(self, phase: Phase) -> None:
-        """Sets the phase of the forward that starts now in this thread."""
+        """Sets the phase of the forward that starts in this thread."""
         self._thread.phase = phase
 
     def end(self) -> None:
-        """Forgets the phase: until the next `begin`, adapter layers refuse to run in this thread."""
+        """Clears the phase; adapter layers raise in this thread until the next `begin`."""
         self._thread.phase = Undecided.UNSET
 
     def current(self) -> SharedPhase:
@@ -131,7 +131,7 @@ class ForwardPhase:
 
     @contextmanager
     def replay(self, phase: Phase | Undecided) -> Iterator[None]:
-        """Runs a recomputation under the phase that its first computation had; then restores this thread's state."""
+        """Runs a recomputation under the phase of the first computation, then restores this thread's state."""
         before = self.snapshot()
         self._thread.phase = phase
         try:
