@@ -6,7 +6,7 @@ Importing this package registers the PEFT type PREFT.
 from importlib.metadata import version
 
 from preft_hf.config import PreftConfig
-from preft_hf.layers.phase import preft_phase
+from preft_hf.layers.phase import preft_phase, preft_scoring
 from preft_hf.pool import PreftPool
 from preft_hf.training.collator import PrefillMaskCollator
 from preft_hf.training.turns import expand_turns
@@ -25,4 +25,5 @@ __all__ = [
     "__version__",
     "expand_turns",
     "preft_phase",
+    "preft_scoring",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from preft_hf.forward.label_checks import GAP, IGNORED_LABEL, check_loss, check_prompts, gaps_in_responses, shaped
-from preft_hf.layers.phase import SharedPhase, declared_phase, phase_of_mask
+from preft_hf.layers.phase import SharedPhase, declared, phase_of_mask
 
 MASK_COLUMN = "prefill_mask"
 STEPS = frozenset({"compute_loss", "prediction_step", "training_step"})
@@ -65,10 +65,10 @@ class LabelsRule:
                 f"the tokens' shape with {IGNORED_LABEL} on the prompt; pass prefill_mask for labels of another kind"
             )
         if not torch.compiler.is_compiling():
-            if declared_phase() is not None:
+            if declared() is not None:
                 raise ValueError(
-                    "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one "
-                    "out"
+                    "labels were given inside preft_phase or preft_scoring: labels already tell prompt from response "
+                    "tokens; leave one out"
                 )
             self._check_column()
         mask = mask_from_labels(labels, attention_mask if isinstance(attention_mask, Tensor) else None)

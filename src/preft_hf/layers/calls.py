@@ -1,6 +1,7 @@
-"""The calls of a model that are running, and what those leave behind that end by a KeyboardInterrupt or SystemExit.
+"""Running calls of a model, and the cleanup of those that a KeyboardInterrupt or SystemExit has ended.
 
-After these two PyTorch runs no hook, `always_call` or not: the phase would stay set and the adapters of a pool pinned.
+PyTorch runs no hook after these two, not even with `always_call`: the phase would stay set, and a pool's adapters
+pinned.
 """
 
 import sys
@@ -8,10 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
-from preft_hf.forward.per_thread import PerThread
+from preft_hf.layers.per_thread import PerThread, untraced
 from preft_hf.layers.phase import ForwardPhase, Undecided
 
 
@@ -27,10 +27,10 @@ class _ThreadState(PerThread):
 
 
 class Calls:
-    """What the calls of one model have set in their thread and pinned, to be ended when they are gone.
+    """Knows the running calls of one model, the phase they have set and the adapters they have pinned.
 
-    A call that its hooks have not ended is found by any of three: its frame goes, its thread calls the model again, or
-    another thread waits for a slot.
+    A call whose hooks have not ended it is cleaned up as soon as its frame is freed, its thread calls the model again,
+    or another thread waits for a slot.
     """
 
     def __init__(self, model: nn.Module, phase: ForwardPhase):
@@ -45,14 +45,14 @@ class Calls:
         self.__init__(state["model"], state["phase"])
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "CallArguments":
-        """Returns the arguments for PyTorch to keep until the call is gone."""
+        """Returns the arguments as a tuple that PyTorch keeps until the call's frame is freed."""
         return CallArguments(args, kwargs, self._gone)
 
     def begin(self) -> None:
-        """Ends what an earlier call of this thread has left.
+        """Cleans up after an earlier call of this thread that was interrupted.
 
         Raises:
-            RuntimeError: that call is still running, around this one.
+            RuntimeError: that call is still running: the model was called inside its own forward.
         """
         if not self._left_over():
             return
@@ -63,20 +63,20 @@ class Calls:
             )
         self._end()
 
-    @torch.compiler.disable
+    @untraced
     def hold(self, adapters: Releasable) -> None:
-        """Keeps the adapters of this thread's call, which pins them, until `let_go`."""
-        self.let_go()  # pyright: ignore[reportAttributeAccessIssue]
+        """Records the adapters that this thread's call pins, until `unpin`."""
+        self.unpin()
         self._here.adapters = adapters
         self._holding[id(adapters)] = threading.get_ident(), adapters
 
     @property
     def is_holding(self) -> bool:
-        """True if this thread's call has adapters that it may have pinned. torch.compile traces it."""
+        """True if this thread's call may have pinned adapters. torch.compile traces it."""
         return getattr(self._here, "adapters", None) is not None
 
-    @torch.compiler.disable
-    def let_go(self) -> None:
+    @untraced
+    def unpin(self) -> None:
         """Unpins the adapters of this thread's call, if it has any."""
         adapters = getattr(self._here, "adapters", None)
         self._here.adapters = None
@@ -97,7 +97,7 @@ class Calls:
     def _end(self) -> None:
         self._phase.end()
         self._phase.reached = None
-        self.let_go()  # pyright: ignore[reportAttributeAccessIssue]
+        self.unpin()
 
     def _gone(self, thread: int) -> None:
         if thread == threading.get_ident() and self._left_over() and num_calls(self._model, thread) == 0:
@@ -105,11 +105,11 @@ class Calls:
 
 
 class CallArguments(tuple[tuple[Any, ...], dict[str, Any]]):
-    """(args, kwargs) as a forward pre-hook returns them, which tell when the call that took them is gone.
+    """(args, kwargs) as a forward pre-hook returns them; calls `gone` when they are freed.
 
-    PyTorch keeps what a pre-hook returns in a local variable of the call (2.7 to 2.13), so it goes with the call's
-    frame: at its end, or, after an error, with the traceback that holds the frame. Another pre-hook may take its place
-    there before. So `gone` has to ask whether the call is still running.
+    PyTorch keeps what a pre-hook returns in a local variable of the call (2.7 to 2.13), so it is freed with the call's
+    frame: at its end, or, after an error, with the traceback that keeps the frame. Another pre-hook's return value may
+    replace it earlier, so `gone` has to ask whether the call is still running.
     """
 
     gone: Callable[[int], None]
@@ -126,7 +126,7 @@ class CallArguments(tuple[tuple[Any, ...], dict[str, Any]]):
 
 
 def num_calls(model: nn.Module, thread: int) -> int:
-    """Returns how many calls of the model are running in a thread, one inside the other."""
+    """Returns how many calls of the model are running in a thread, nested ones included."""
     frame, found = sys._current_frames().get(thread), 0
     while frame is not None:
         found += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
