@@ -1,15 +1,19 @@
 """Seams: functions of another program that are replaced, each only if its source is the one that was read.
 
-Knows nothing of the program and needs the standard library alone. `check` looks at everything and says all faults at
-once, `apply` replaces all or nothing, `revert` restores every original object.
+Needs the standard library alone. `check_sources` compares the installed source files and imports nothing, `check`
+compares the imported objects; both report all faults at once. `apply` replaces all or nothing, `revert` restores every
+original object.
 """
 
+import ast
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -80,8 +84,37 @@ def digest_of(function: Any) -> str:
         OSError: there is no source, as for a compiled function.
         TypeError: not a function or class.
     """
-    lines = [line.rstrip() for line in inspect.getsource(_plain(function)).splitlines()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return _digest(inspect.getsource(_plain(function)).splitlines())
+
+
+def check_sources(seams: Iterable[Seam]) -> list[str]:
+    """Returns how the installed source files differ from the seams, one sentence each; empty if they do not.
+
+    No module of the program is imported, so a machine on which the program cannot start gives the same answer. A
+    patch that another program applies when it is imported is not seen here: `apply` compares the objects again.
+    """
+    faults: list[str] = []
+    parsed: dict[str, tuple[ast.Module, list[str]] | None] = {}
+    for seam in seams:
+        for name in (seam.target, *seam.uses):
+            module_name, _, path = name.partition(":")
+            if module_name not in parsed:
+                parsed[module_name] = _parse(module_name)
+            source = parsed[module_name]
+            if source is None:
+                faults.append(f"{name}: the module {module_name} is not installed")
+                continue
+            tree, lines = source
+            if name != seam.target:
+                if not _imports(tree, path):
+                    faults.append(f"{name}: {module_name} does not import {path}")
+                continue
+            digests = [_digest(inspect.getblock(lines[line - 1 :])) for line in _first_lines(tree, path)]
+            if not digests:
+                faults.append(f"{name}: {module_name} has no {path}")
+            elif seam.digest not in digests:
+                faults.append(_differs(seam, digests[0]))
+    return faults
 
 
 def check(seams: Iterable[Seam]) -> list[str]:
@@ -105,7 +138,7 @@ def check(seams: Iterable[Seam]) -> list[str]:
             faults.append(f"{seam.target} has no source to compare: {error}")
             continue
         if digest != seam.digest:
-            faults.append(f"{seam.target} has digest {digest}, and the seam was made for {seam.digest}")
+            faults.append(_differs(seam, digest))
         for use in seam.uses:
             place = _find(use, faults)
             if place is not None and _plain(place.original) is not _plain(original):
@@ -144,6 +177,50 @@ def apply(seams: Sequence[Seam]) -> Applied:
         applied.revert()
         raise
     return applied
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(line.rstrip() for line in lines).encode()).hexdigest()[:16]
+
+
+def _differs(seam: Seam, digest: str) -> str:
+    return f"{seam.target} has digest {digest}, and the seam was made for {seam.digest}"
+
+
+def _parse(module_name: str) -> tuple[ast.Module, list[str]] | None:
+    """Returns the syntax tree and the lines of a module's file; None where there is none."""
+    top, *rest = module_name.split(".")
+    # of the top package only: `find_spec` imports the parents of a submodule
+    spec = importlib.util.find_spec(top)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    names = ["/".join([*rest, "__init__.py"]), *(["/".join(rest) + ".py"] if rest else [])]
+    file = next((file for folder in folders for name in names if (file := Path(folder, name)).is_file()), None)
+    if file is None:
+        return None
+    text = file.read_text(encoding="utf-8")
+    return ast.parse(text), text.splitlines(keepends=True)
+
+
+def _first_lines(tree: ast.Module, path: str) -> list[int]:
+    """Returns where a function or class is defined, decorators included; several times where branches define it."""
+    found: list[Any] = [tree]
+    for name in path.split("."):
+        found = [node for scope in found for node in _definitions(scope) if node.name == name]
+    return [min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in found]
+
+
+def _definitions(scope: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Yields the functions and classes of a module or class, also those under `if` and `try`."""
+    for node in ast.iter_child_nodes(scope):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node
+        elif isinstance(node, (ast.stmt, ast.ExceptHandler)):
+            yield from _definitions(node)
+
+
+def _imports(tree: ast.Module, name: str) -> bool:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return any(name == (alias.asname or alias.name) for node in nodes for alias in node.names)
 
 
 def _find(target: str, faults: list[str]) -> _Place | None:

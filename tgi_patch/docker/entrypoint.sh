@@ -7,4 +7,4 @@ ldconfig 2>/dev/null || echo "the cache of shared libraries could not be refresh
 [ -n "${HF_MODEL_REVISION}" ] && export REVISION="${REVISION:-${HF_MODEL_REVISION}}"
 [ -n "${HF_MODEL_QUANTIZE}" ] && export QUANTIZE="${QUANTIZE:-${HF_MODEL_QUANTIZE}}"
 [ -n "${SM_NUM_GPUS}" ] && export NUM_SHARD="${NUM_SHARD:-${SM_NUM_GPUS}}" PORT=8080
-exec preft-tgi serve -- "$@"
+exec /opt/preft/bin/python -P -m tgi_patch serve -- "$@"
