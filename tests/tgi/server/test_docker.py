@@ -1,10 +1,15 @@
 """The image's build steps in order, on a machine where TGI cannot be imported, and the entry point."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests.tgi.server.image import Build, build_context, is_ignored, real_tgi
+from tests.tgi.server.image import DOCKERFILE, Build, build_context, is_ignored, real_tgi
+
+ENTRY_POINT = DOCKERFILE.with_name("entrypoint.sh")
+SERVE = ["-P", "-m", "tgi_patch", "serve", "--"]
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +65,57 @@ def test_the_build_context_is_small():
     assert is_ignored("docs/tgi.md", patterns)
     assert is_ignored("src/a/__pycache__/b.pyc", patterns)
     assert not is_ignored("src/a/b.py", patterns)
+
+
+def started(tmp_path, *arguments, **variables):
+    """Runs the entry point with a stub for Python. Returns its exit status, the service's arguments and variables."""
+    script = ENTRY_POINT.read_text()
+    for folder in ("/usr/src/.venv", "/opt/preft"):
+        assert folder in script
+        script = script.replace(folder, str(tmp_path / "root"))
+    stub = tmp_path / "root" / "bin" / "python"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    (stub.parent / "activate").write_text("VENV_IS_ACTIVE=1\nexport VENV_IS_ACTIVE\n")
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$STUB_OUTPUT"\nenv > "$STUB_OUTPUT.env"\n')
+    stub.chmod(0o755)
+    output = tmp_path / "output"
+    output.unlink(missing_ok=True)
+    done = subprocess.run(
+        ["sh", "-c", script, "entry-point", *arguments],
+        env={"PATH": "/usr/bin:/bin", "PORT": "80", "STUB_OUTPUT": str(output)} | variables,
+        capture_output=True,
+        text=True,
+    )
+    if not output.exists():
+        return done.returncode, done.stderr, {}
+    lines = Path(f"{output}.env").read_text().splitlines()
+    return done.returncode, output.read_text().splitlines(), dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def test_arguments_reach_the_launcher_as_they_are(tmp_path):
+    status, arguments, variables = started(tmp_path, "--model-id", "a b", "--json-output", MODEL_ID="org/x")
+    assert (status, arguments) == (0, [*SERVE, "--model-id", "a b", "--json-output"])
+    assert variables["VENV_IS_ACTIVE"] == "1"
+    assert variables["MODEL_ID"] == "org/x"
+    assert started(tmp_path)[1] == SERVE
+
+
+def test_sagemaker_runs_the_image_with_serve(tmp_path):
+    """As TGI's SageMaker image: its variables win, the port is 8080, and `serve` is no argument of the launcher."""
+    given = {
+        "HF_MODEL_ID": "org/model",
+        "HF_MODEL_REVISION": "main",
+        "SM_NUM_GPUS": "4",
+        "HF_MODEL_QUANTIZE": "awq",
+        "HF_MODEL_TRUST_REMOTE_CODE": "true",
+    }
+    status, arguments, variables = started(tmp_path, "serve", MODEL_ID="org/other", **given)
+    assert (status, arguments) == (0, [*SERVE, "--port", "8080"])
+    names = ("MODEL_ID", "REVISION", "NUM_SHARD", "QUANTIZE", "TRUST_REMOTE_CODE")
+    assert [variables[name] for name in names] == list(given.values())
+    _, arguments, variables = started(tmp_path, "serve", HF_MODEL_ID="/opt/ml/model")
+    assert arguments == [*SERVE, "--port", "8080"]
+    assert variables["MODEL_ID"] == "/opt/ml/model"
+    assert not {"REVISION", "NUM_SHARD", "QUANTIZE", "TRUST_REMOTE_CODE"} & set(variables)
+    status, said, _ = started(tmp_path, "serve", MODEL_ID="org/other")
+    assert (status, "HF_MODEL_ID is not set" in said) == (1, True)
