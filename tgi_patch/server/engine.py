@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from preft_core.hub.source import find_all
+from tgi_patch.server.base_model import check_model, check_rope
 from tgi_patch.server.control import ControlServer
+from tgi_patch.server.known import Ticket
 from tgi_patch.server.prefixes import OWNER, Found, PrefixCache, num_blocks
-from tgi_patch.server.registry import Registry, Ticket, UnknownAdapter
+from tgi_patch.server.registry import Registry, UnknownAdapter
 from tgi_patch.server.routing import (
     TICKET,
     compile_kernels,
@@ -22,11 +24,8 @@ from tgi_patch.server.routing import (
     visible,
     warm_route,
 )
-from tgi_patch.server.target_modules import SITE, UnsupportedModel, find_places, modules_of
-from tgi_patch.settings import BASE_IDS, Settings, SettingsError, check_ids, check_prefix_caching
-
-PREFIX_ATTENTION = ("flashinfer", "flashdecoding", "flashdecoding-ipex")
-"""Of TGI's kinds of attention those that read a prompt's earlier tokens from the KV cache."""
+from tgi_patch.server.target_modules import SITE, find_places, modules_of
+from tgi_patch.settings import BASE_IDS, Settings, check_ids
 
 
 class Served:
@@ -128,6 +127,8 @@ class Served:
                 "the router found this prompt in its prefix cache, which does not keep adapters apart: start it with "
                 "PREFIX_CACHING=0, as `python -m tgi_patch serve` does"
             )
+        if self.registry is not None:
+            self.registry.requests += 1
         name = request.adapter_id
         if name in self._base_ids or name in _own_adapters():
             return None
@@ -192,9 +193,10 @@ def attach(model: Any) -> Served:
         AdapterError, UnsupportedModel, SettingsError: the model cannot serve what was asked for. Nothing is attached.
     """
     settings = _Process.settings
+    check_rope(getattr(model, "config", None), model.model_id)
     registry = None
     if settings.active:
-        _check_model(model, settings)
+        check_model(model, settings)
         check_ids(settings.adapters, {model.model_id, *settings.base_models}, _own_adapters())
         places = find_places(model.model, model.config, model.rank, model.world_size)
         sources = find_all(settings.adapters)
@@ -228,20 +230,3 @@ def _own_adapters() -> set[str]:
     from text_generation_server.models.globals import get_adapter_to_index  # pyright: ignore[reportMissingImports]
 
     return set(get_adapter_to_index() or ())
-
-
-def _check_model(model: Any, settings: Settings) -> None:
-    kind = type(model).__name__
-    if kind != "FlashCausalLM":
-        raise UnsupportedModel(
-            f"TGI serves this model as {kind}, where PreFT adapters have no path: they are for text models that TGI "
-            "serves as FlashCausalLM; unset PREFT_ADAPTERS, or PREFT_DISABLE=1 to serve the model alone"
-        )
-    from text_generation_server.models.globals import ATTENTION, PREFIX_CACHING  # pyright: ignore[reportMissingImports]
-
-    check_prefix_caching(str(int(PREFIX_CACHING)))
-    if settings.prefix_tokens and ATTENTION not in PREFIX_ATTENTION:
-        raise SettingsError(
-            f"PREFT_PREFIX_CACHE is set and ATTENTION is {ATTENTION}, which computes a prompt without reading the KV "
-            f"cache: use {' or '.join(PREFIX_ATTENTION)}, or leave PREFT_PREFIX_CACHE out"
-        )

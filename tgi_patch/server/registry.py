@@ -1,9 +1,7 @@
-"""The adapters that one server process knows, by id, and who still needs one that was removed."""
+"""The adapters that one server process knows, by id, and those that were removed and may still be named."""
 
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from preft_core.hub.source import AdapterSource, find_adapter, hub_id, same_plac
 from preft_core.pool.layout import Bucket, Layout, bucket_of, check_sites
 from preft_core.pool.lease import unknown_names
 from preft_core.pool.slots import SlotPool
+from tgi_patch.server.known import KnownAdapter, RemovedAdapters, Ticket
 from tgi_patch.server.prefixes import PrefixCache
 from tgi_patch.server.target_modules import Place, shard_adapter
 from tgi_patch.settings import Settings
@@ -27,33 +26,6 @@ class AdapterTaken(ValueError):
     """An adapter of this id is there already, from another place."""
 
 
-class Ticket:
-    """A request's hold on its adapter until its prompt is in the cache. Freed with the request that it lies on."""
-
-    __slots__ = ("__weakref__", "key")
-
-    def __init__(self, key: str):
-        self.key = key
-
-
-@dataclass
-class _Known:
-    """An adapter that was checked.
-
-    Attributes:
-        key: its name in the pool, another one each time that an id is added
-        fingerprint: of the whole adapter, the same on all shards
-        fault: why its files could not be read again; empty while they could
-    """
-
-    key: str
-    location: str
-    config: AdapterConfig
-    fingerprint: str
-    fault: str = ""
-    tickets: "weakref.WeakSet[Ticket]" = field(default_factory=weakref.WeakSet)
-
-
 class Registry:
     """Adapters by id over a slot pool. Threads may share it: requests resolve while a control thread adds and removes.
 
@@ -64,6 +36,7 @@ class Registry:
         sources: id -> source, those that are known from the start
         device, dtype: of the model
     Attributes:
+        requests: how many requests came in, of any adapter and of the base model
         streamed: how often a forward found no free slot for an adapter and read it from the host
         prefixes: the prefix cache, None where there is none
     Raises:
@@ -103,9 +76,10 @@ class Registry:
             max_host_bytes=settings.host_bytes,
         )
         self.layouts = {bucket: Layout(self.pool.sites, bucket) for bucket in self.pool.buckets}
-        self._known: dict[str, _Known] = {}
-        self._leaving: list[_Known] = []
+        self._known: dict[str, KnownAdapter] = {}
+        self._removed = RemovedAdapters(settings.max_adapters)
         self._number = 0
+        self.requests = 0
         self.streamed = 0
         self.prefixes: PrefixCache | None = None
         self._lock = threading.RLock()
@@ -133,7 +107,7 @@ class Registry:
             raise AdapterTaken(f"{name!r}: {location} has other content than when it was added: remove it first")
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Requests whose prompt is being computed with it go on.
+        """Removes an adapter's id. The adapter is kept for requests that were sent before, see `RemovedAdapters`.
 
         Raises:
             UnknownAdapter: no adapter has this id.
@@ -142,11 +116,13 @@ class Registry:
             known = self._known.pop(name, None)
             if known is None:
                 raise UnknownAdapter(self._unknown(name))
-            self._leaving.append(known)
+            self._removed.add(known, self.requests)
             self._sweep()
 
     def ticket(self, name: str) -> Ticket:
         """Returns a hold on an adapter, having made sure that its weights are on the host.
+
+        A removed adapter counts as known during its grace period: an error would fail every request of the batch.
 
         Raises:
             UnknownAdapter: no adapter has this id.
@@ -154,11 +130,10 @@ class Registry:
         """
         with self._lock:
             self._sweep()
-            known = self._known.get(name)
+            known = self._known.get(name) or self._removed.find(name)
             if known is None:
                 raise UnknownAdapter(self._unknown(name))
-            ticket = Ticket(known.key)
-            known.tickets.add(ticket)
+            ticket = known.ticket()
         if known.key not in self.pool.resident():
             try:
                 self.pool.packed(known.key)
@@ -171,6 +146,7 @@ class Registry:
     def adapters(self) -> dict[str, dict[str, Any]]:
         """Returns id -> facts of the known adapters."""
         with self._lock:
+            self._sweep()
             known = dict(self._known)
         return {
             name: {
@@ -234,7 +210,7 @@ class Registry:
             if name in self._known:
                 raise AdapterTaken(f"{name!r} was added meanwhile: ask again")
             self._number += 1
-            known = _Known(f"{name}#{self._number}", source.location, source.config, fingerprint)
+            known = KnownAdapter(name, f"{name}#{self._number}", source.location, source.config, fingerprint)
             self.pool.add(known.key, source.config, load)
         try:
             self.pool.packed(known.key)
@@ -270,10 +246,8 @@ class Registry:
         )
 
     def _sweep(self) -> None:
-        """Takes removed adapters that no request needs out of the pool."""
-        done = [known for known in self._leaving if not len(known.tickets)]
-        self._leaving = [known for known in self._leaving if known not in done]
-        for known in done:
+        """Takes removed adapters that no request can name any more out of the pool."""
+        for known in self._removed.pop_expired(self.requests):
             self.pool.remove(known.key)
 
     def _unknown(self, name: str) -> str:

@@ -16,7 +16,8 @@ from preft_core.pool.layout import Bucket, Layout
 from preft_core.pool.lease import Lease
 from preft_core.pool.slots import SlotPool
 from preft_core.rule.tokens import BASE, Segments, Span, prefill_span
-from tgi_patch.server.registry import Registry, Ticket
+from tgi_patch.server.known import Ticket
+from tgi_patch.server.registry import Registry
 
 TICKET = "__preft_ticket__"
 """Attribute of a request's stopping criterion, the object that TGI carries through filter and concatenate."""

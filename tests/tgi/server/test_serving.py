@@ -135,9 +135,14 @@ def test_adapters_come_and_go():
         assert server.control(op="remove", name="late") == [{"ok": True}]
         (unknown,) = server.control(op="remove", name="late")
         assert unknown["kind"] == "unknown"
+        # a request that was queued before the removal does not fail its batch
+        assert server.run([request(ids, "late"), request(ids)]) == [
+            world.expected("wide", ids, 6),
+            world.expected(None, ids, 6),
+        ]
         # an unknown adapter is an error and not the base model, and the server lives on
-        answer = server.ask({"op": "run", "requests": [request(ids, "late")]})
-        assert "'late' is not known" in answer["error"]
+        answer = server.ask({"op": "run", "requests": [request(ids, "never")]})
+        assert "'never' is not known" in answer["error"]
         check(server, world, [(None, ids, 6, {}), ("few", ids, 6, {})])
         # a prompt from a prefix cache may hold another adapter's KV
         answer = server.ask({"op": "run", "requests": [request(ids, "few", cached=4)]})

@@ -14,10 +14,12 @@ from preft_core import ops
 from preft_core.format.adapter import AdapterError, save_adapter
 from preft_core.format.config import AdapterConfig
 from preft_core.hub.source import find_adapter
+from tgi_patch.server import engine, known
 from tgi_patch.server.engine import Served
+from tgi_patch.server.known import Ticket
 from tgi_patch.server.layers import lora_faults
 from tgi_patch.server.registry import AdapterTaken, Registry, UnknownAdapter
-from tgi_patch.server.routing import PrefillRows, Ticket, add_linear, edit_block, prefill_rows, routed, warm_route
+from tgi_patch.server.routing import PrefillRows, add_linear, edit_block, prefill_rows, routed, warm_route
 from tgi_patch.server.target_modules import UnsupportedModel, find_places, fix_layer_names, modules_of, shard_adapter
 from tgi_patch.settings import Settings
 
@@ -232,11 +234,15 @@ def test_the_kernels_are_compiled_before_the_warm_up_for_every_kind_and_rank(wor
         assert capsys.readouterr().err == ""
 
 
-def test_an_adapter_that_was_removed_stays_for_those_who_hold_it(world):
+@pytest.fixture
+def no_grace(monkeypatch):
+    monkeypatch.setattr(known, "GRACE_S", 0.0)
+    monkeypatch.setattr(known, "GRACE_REQUESTS", 0)
+
+
+def test_a_removed_adapter_stays_for_requests_that_have_a_ticket(world, no_grace):
     ticket = world.registry.ticket("l0")
     world.registry.remove("l0")
-    with pytest.raises(UnknownAdapter, match="known are d, l1, l2"):
-        world.registry.ticket("l0")
     # another adapter of the same name does not touch it
     world.registry.add("l0", str(world.root / "l1"))
     again = world.registry.ticket("l0")
@@ -247,6 +253,50 @@ def test_an_adapter_that_was_removed_stays_for_those_who_hold_it(world):
     gc.collect()
     world.registry.ticket("l1")
     assert len(world.registry.pool.names()) == 4
+    world.registry.remove("l2")
+    with pytest.raises(UnknownAdapter, match="known are d, l0, l1"):
+        world.registry.ticket("l2")
+
+
+def test_a_removed_adapter_stays_for_requests_that_the_router_has_queued(world, monkeypatch):
+    """An error in a Prefill fails all requests of the batch, so an id is known until no request can name it."""
+    served, registry = Served(Settings(), "base", world.registry), world.registry
+    now = [100.0]
+    monkeypatch.setattr(engine, "_own_adapters", set)
+    monkeypatch.setattr(known.time, "monotonic", lambda: now[0])
+
+    def asked(name):
+        return served.ticket(SimpleNamespace(adapter_id=name, cache_len=0))
+
+    kept = asked("l0").key
+    registry.remove("l0")
+    assert "l0" not in registry.adapters()
+    with pytest.raises(UnknownAdapter):
+        registry.remove("l0")
+    assert asked("l0").key == kept
+    # an idle server's clock alone does not end it, nor do requests alone
+    now[0] += 2 * known.GRACE_S
+    assert asked("l0").key == kept
+    registry.add("l0", str(world.root / "l1"))
+    assert asked("l0").key != kept
+    registry.remove("l0")
+    for _ in range(known.GRACE_REQUESTS):
+        asked("")
+    assert kept not in {registry.ticket("l1").key, *registry.pool.names()}
+    assert asked("l0").key in registry.pool.names()
+    now[0] += 2 * known.GRACE_S
+    with pytest.raises(UnknownAdapter, match="known are d, l1, l2"):
+        asked("l0")
+    assert len(registry.pool.names()) == 3
+
+
+def test_removed_adapters_do_not_pile_up_where_no_request_comes(world, monkeypatch):
+    monkeypatch.setattr(known, "GRACE_S", 0.0)
+    registry = Registry(world.places, Settings(adapters={"x": "y"}, max_adapters=3), "b", {"l0": world.sources["l0"]})
+    for _ in range(8):
+        registry.add("again", str(world.root / "l1"))
+        registry.remove("again")
+    assert len(registry.pool.names()) == 1 + 3
 
 
 def test_a_place_given_again_is_the_same_only_with_the_same_content(world):
