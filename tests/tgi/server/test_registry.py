@@ -80,8 +80,6 @@ def test_removed_adapters_do_not_pile_up_where_no_request_comes(served, monkeypa
     monkeypatch.setattr(known, "GRACE_S", 0.0)
     settings = Settings(adapters={"x": "y"}, max_adapters=3)
     registry = Registry(served.places, settings, "b", {"l0": served.sources["l0"]})
-        served.places, Settings(adapters={"x": "y"}, max_adapters=3), "b", {"l0": served.sources["l0"]}
-    )
     for _ in range(8):
         registry.add("again", str(served.root / "l1"))
         registry.remove("again")
