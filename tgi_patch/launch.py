@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from preft_core.seam import Applied, apply
 from tgi_patch import patches
-from tgi_patch.server import engine
+from tgi_patch.server.shard import Shard
 from tgi_patch.settings import Settings, SettingsError, check_prefix_caching, read_settings
 
 
@@ -40,6 +40,4 @@ def patch(settings: Settings) -> Applied:
     """
     if settings.active:
         check_prefix_caching(os.environ.get("PREFIX_CACHING", ""))
-    applied = apply(patches.ALL)
-    engine.configure(settings)
-    return applied
+    return apply(patches.bound_to(Shard(settings)))

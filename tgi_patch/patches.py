@@ -3,8 +3,12 @@
 `python -m tgi_patch check` compares a server with it. A server whose sources differ is not patched at all.
 """
 
+from dataclasses import replace
+from functools import partial
+
 from preft_core.seam import Seam
 from tgi_patch.server import layers
+from tgi_patch.server.shard import Shard
 
 _S = "text_generation_server"
 _BATCH = f"{_S}.models.flash_causal_lm:FlashCausalLMBatch"
@@ -63,7 +67,7 @@ SEAMS = (
         "An all-token LoRA with options that TGI ignores is refused at start (fix options).",
     ),
 )
-"""What is replaced."""
+"""What is replaced. `bound_to` gives the replacements the shard that they call."""
 
 RELIED_ON = tuple(
     Seam(target, digest, None, why)
@@ -120,3 +124,11 @@ RELIED_ON = tuple(
 """What stays and must be as it was read."""
 
 ALL = (*SEAMS, *RELIED_ON)
+
+
+def bound_to(shard: Shard) -> tuple[Seam, ...]:
+    """Returns the table with replacements that call this shard, as `preft_core.seam.apply` takes it."""
+    return tuple(
+        seam if seam.replacement is None else replace(seam, replacement=partial(seam.replacement, shard))
+        for seam in ALL
+    )

@@ -39,7 +39,7 @@ class Seam:
 
     target: str
     digest: str
-    replacement: Callable[[Any], Any] | None
+    replacement: Callable[..., Any] | None
     why: str
     uses: tuple[str, ...] = ()
 

@@ -13,7 +13,8 @@ import torch
 from text_generation_server.models.flash_causal_lm import FlashCausalLM
 
 from tgi_patch import launch
-from tgi_patch.server import engine, layers
+from tgi_patch.server import layers
+from tgi_patch.server import shard as shard_module
 from tgi_patch.server.routing import PrefillRows
 
 
@@ -42,8 +43,8 @@ def keep_tickets(target, name, value):
 FlashCausalLM.__init__ = in_float32(FlashCausalLM.__init__)
 broken = os.environ.pop("PREFT_TEST_BREAK", None)
 if broken == "rows":
-    engine.prefill_rows = all_rows
+    shard_module.prefill_rows = all_rows
     layers.setattr = keep_tickets
 elif broken == "owner":
-    engine.Served.owner = lambda self, request, ticket: "anybody"
+    shard_module.Shard.owner = lambda self, request, ticket: "anybody"
 launch.server(sys.argv[1:])

@@ -35,16 +35,22 @@ class ControlServer:
         # a path of a unix socket has at most 107 bytes
         if len(os.fsencode(self.path)) > 107:
             raise ValueError(f"PREFT_CONTROL_DIR: {self.path} is too long for a socket; choose a shorter directory")
-        self._server = _Server(str(self.path), _Handler)
+        self._server = _Server(str(self.path), _Handler, bind_and_activate=False)
         self._server.registry = registry
+        self._server.server_bind()
         self.path.chmod(0o600)
         self._thread = threading.Thread(target=self._server.serve_forever, name="preft-control", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Begins to serve. Until then connections are refused. Calling it again is a no-op."""
+        if self._thread.ident is None:
+            self._server.server_activate()
+            self._thread.start()
 
     def close(self) -> None:
-        self._server.shutdown()
+        """Stops serving and removes the socket."""
+        if self._thread.is_alive():
+            self._server.shutdown()
         self._server.server_close()
         self.path.unlink(missing_ok=True)
 

@@ -9,8 +9,11 @@ import pytest
 
 from preft_core.hub.source import AdapterSource
 from tests.tgi.server.small_model import ServedModel
+from tgi_patch.server import layers
 from tgi_patch.server.control import ControlServer, ask
 from tgi_patch.server.routing import PrefillRows, routed
+from tgi_patch.server.shard import Shard
+from tgi_patch.settings import Settings
 
 
 @pytest.fixture
@@ -19,14 +22,18 @@ def served(tmp_path):
 
 
 @pytest.fixture
-def control(served):
+def directory():
     # the path of a unix socket has to be short
     with TemporaryDirectory(prefix="preft-") as root:
-        directory = Path(root) / "c"
-        server = ControlServer(directory, 0, served.registry)
-        server.start()
-        yield lambda **request: ask(directory, 0, request, timeout_s=60)
-        server.close()
+        yield Path(root) / "c"
+
+
+@pytest.fixture
+def control(served, directory):
+    server = ControlServer(directory, 0, served.registry)
+    server.start()
+    yield lambda **request: ask(directory, 0, request, timeout_s=60)
+    server.close()
 
 
 def test_requests_are_served_while_an_adapter_is_checked(served, control, monkeypatch):
@@ -60,3 +67,29 @@ def test_requests_are_served_while_an_adapter_is_checked(served, control, monkey
             may_end.set()
         assert adding.result(timeout=60) == {"ok": True}
     assert "late" in control(op="list")["adapters"]
+
+
+def test_no_adapter_is_added_while_tgi_warms_up(served, directory):
+    """TGI captures CUDA graphs then, and pinned memory that another thread allocates breaks a capture."""
+    shard = Shard(Settings())
+    shard.registry = served.registry
+    shard._control = ControlServer(directory, 0, served.registry)
+
+    def tgis_warmup(model):
+        with pytest.raises(ConnectionRefusedError):
+            ask(directory, 0, {"op": "add", "name": "late", "location": str(served.root / "l2")})
+        return "warm"
+
+    try:
+        assert layers.warmup(shard, tgis_warmup)(None) == "warm"
+        assert ask(directory, 0, {"op": "list"})["ok"]
+        assert layers.warmup(shard, lambda model: "again")(None) == "again"
+        assert ask(directory, 0, {"op": "list"})["ok"]
+    finally:
+        shard.close()
+    assert not list(directory.iterdir())
+
+
+def test_a_control_socket_that_was_never_served_is_closed(served, directory):
+    ControlServer(directory, 0, served.registry).close()
+    assert not list(directory.iterdir())

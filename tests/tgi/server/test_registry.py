@@ -7,8 +7,7 @@ import pytest
 
 from preft_core.format.adapter import AdapterError
 from tests.tgi.server.small_model import CONFIG, ServedModel, adapter_in, model_of
-from tgi_patch.server import engine, known
-from tgi_patch.server.engine import Served
+from tgi_patch.server import known, shard
 from tgi_patch.server.registry import AdapterTaken, Registry, UnknownAdapter
 from tgi_patch.server.routing import PrefillRows, routed
 from tgi_patch.server.target_modules import UnsupportedModel, find_places
@@ -46,13 +45,14 @@ def test_a_removed_adapter_stays_for_requests_that_have_a_ticket(served, no_grac
 
 def test_a_removed_adapter_stays_for_requests_that_the_router_has_queued(served, monkeypatch):
     """An error in a Prefill fails all requests of the batch, so an id is known until no request can name it."""
-    engine_served, registry = Served(Settings(), "base", served.registry), served.registry
+    process, registry = shard.Shard(Settings()), served.registry
+    process.registry = registry
     now = [100.0]
-    monkeypatch.setattr(engine, "_own_adapters", set)
+    monkeypatch.setattr(shard, "own_adapters", set)
     monkeypatch.setattr(known.time, "monotonic", lambda: now[0])
 
     def asked(name):
-        return engine_served.ticket(SimpleNamespace(adapter_id=name, cache_len=0))
+        return process.ticket(SimpleNamespace(adapter_id=name, cache_len=0))
 
     kept = asked("l0").key
     registry.remove("l0")

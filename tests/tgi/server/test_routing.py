@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from preft_core import ops
 from tests.tgi.server.small_model import HIDDEN, ServedModel
-from tgi_patch.server.engine import Served
 from tgi_patch.server.known import Ticket
 from tgi_patch.server.routing import PrefillRows, add_linear, edit_block, prefill_rows, routed, warm_route
+from tgi_patch.server.shard import Shard
 from tgi_patch.settings import Settings
 
 
@@ -72,6 +73,30 @@ def test_the_stream_is_edited_where_it_is_two_tensors(served):
         assert torch.equal(r[rows], residual[rows])
 
 
+class CountedOps(TorchDispatchMode):
+    """Counts the ops that run in it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_edit_of_many_spans_takes_no_more_ops_than_of_two(served):
+    """Also for rows of one adapter that lie between rows of the base model."""
+    ticket, counts = served.registry.ticket("d"), []
+    for num_spans in (2, 40):
+        rows = [PrefillRows(ticket.key, 3 * i, 3 * i + 2) for i in range(num_spans)]
+        hidden, residual = torch.randn(120, HIDDEN), torch.randn(120, HIDDEN)
+        with routed(served.registry, rows, 120) as route:
+            edit_block(route, "model.layers.0.preft", (hidden, residual))
+            with CountedOps() as ops_of_a_layer:
+                edit_block(route, "model.layers.1.preft", (hidden, residual))
+        counts.append(ops_of_a_layer.count)
+    assert counts[0] == counts[1]
+
+
 def test_warming_changes_nothing(served):
     route = warm_route(served.registry, 7)
     for place in served.places[:2]:
@@ -84,12 +109,14 @@ def test_warming_changes_nothing(served):
 def test_the_kernels_are_compiled_before_the_warm_up_for_every_kind_and_rank(served, monkeypatch, capsys):
     pool, given = served.registry.pool, []
     monkeypatch.setattr(ops, "warm_up", lambda weights: given.extend(weights) or 3)
-    with Served(Settings(), "model", served.registry).warming():
+    shard = Shard(Settings())
+    shard.registry = served.registry
+    with shard.warming(None):
         assert len(pool.buckets) > 1
         expected = [one for bucket in pool.buckets for one in pool.weights(bucket).values()]
         assert [one.a.data_ptr() for one in given] == [one.a.data_ptr() for one in expected]
     assert "compiled the kernels by 3 ops" in capsys.readouterr().err
     monkeypatch.undo()
     # nothing is compiled without a GPU, and there is nothing to say
-    with Served(Settings(), "model", served.registry).warming(), Served(Settings(), "model", None).warming():
+    with shard.warming(None), Shard(Settings()).warming(None):
         assert capsys.readouterr().err == ""
