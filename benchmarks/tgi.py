@@ -34,7 +34,7 @@ from tgi_patch.server import layers
 from tgi_patch.server.registry import Registry
 from tgi_patch.server.routing import TICKET
 from tgi_patch.server.shard import Shard
-from tgi_patch.server.target_modules import Place
+from tgi_patch.server.target_modules import TargetModule
 from tgi_patch.settings import Settings
 
 SAID = {"generated_text": "said"}
@@ -80,7 +80,7 @@ def routing(num_adapters: int) -> dict[str, list[float]]:
         source = find_adapter(Path(folder) / "a")
         names = [f"a{i}" for i in range(num_adapters)]
         settings = Settings(adapters=dict.fromkeys(names, folder), slots=num_adapters)
-        registry = Registry([Place(torch.nn.Module(), site)], settings, "base", dict.fromkeys(names, source))
+        registry = Registry([TargetModule(torch.nn.Module(), site)], settings, "base", dict.fromkeys(names, source))
         shard = Shard(settings)
         shard.registry = registry
         step = layers.generate_token(shard, lambda self, batch: None)

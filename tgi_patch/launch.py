@@ -11,12 +11,12 @@ from tgi_patch.settings import Settings, SettingsError, check_prefix_caching, re
 
 
 def server(arguments: Sequence[str] | None = None) -> None:
-    """Runs TGI's own command line. `serve` runs with the seams; every other command is TGI's as it is.
+    """Runs TGI's command line. `serve` runs with the seams applied; other commands are unchanged.
 
     With PREFT_DISABLE=1 nothing is patched.
 
     Raises:
-        SystemExit: settings that cannot be used, or a server that the seams do not fit.
+        SystemExit: invalid settings, or another TGI than the seams were made for.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["serve"]:
@@ -35,7 +35,7 @@ def patch(settings: Settings) -> Applied:
     """Applies the seams in this process, before TGI loads a model.
 
     Raises:
-        PatchError: the server is not TGI 3.3.7 as it was read; nothing is patched.
+        PatchError: the installed TGI differs from 3.3.7; nothing is patched.
         SettingsError: PREFIX_CACHING is on.
     """
     if settings.active:

@@ -142,7 +142,7 @@ def test_all_faults_are_said_and_nothing_is_changed(program):
 def test_another_patch_is_noticed(program):
     core, user = program
     user.load = lambda x: x
-    assert check(seams(core)) == ["serverlike.user:load is not serverlike.core:load: another patch took its place"]
+    assert check(seams(core)) == ["serverlike.user:load is not serverlike.core:load: another patch has replaced it"]
 
 
 def test_a_replacement_that_cannot_be_made_undoes_the_rest(program):

@@ -35,7 +35,7 @@ def column_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., 
 
 
 def row_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds adapters to o and down projections before the sum over shards, where TGI adds its own after it."""
+    """Adds adapters to o and down projections before the sum over shards. TGI adds its own after it."""
 
     @functools.wraps(original)
     def forward(self: Any, input: Any, adapter_data: Any) -> Any:
@@ -63,7 +63,7 @@ def row_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any
 
 
 def from_tokenized(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Resolves each request's adapter, and refuses an unknown one where TGI would serve the base model."""
+    """Resolves each request's adapter. Raises for an unknown one, which TGI would serve as the base model."""
 
     @functools.wraps(original)
     def resolved(cls: Any, pb: Any, tokenizer: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def from_tokenized(shard: Shard, original: Callable[..., Any]) -> Callable[..., 
 
 
 def generate_token(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Routes the prefill rows of a forward to their adapters. A decode forward goes straight to TGI."""
+    """Routes the prefill rows of a forward to their adapters. Decode forwards are TGI's alone."""
 
     @functools.wraps(original)
     def routed_token(self: Any, batch: Any) -> Any:
@@ -95,7 +95,7 @@ def generate_token(shard: Shard, original: Callable[..., Any]) -> Callable[..., 
         shard.keep_prefixes(batch, before)
         for criterion, prefilling in zip(batch.stopping_criterias, batch.prefilling_mask, strict=True):
             if not prefilling:
-                # the prompt is in the cache: its adapter is not needed any more
+                # the prompt is in the KV cache: decode does not need the adapter
                 setattr(criterion, TICKET, None)
         return result
 
@@ -103,7 +103,7 @@ def generate_token(shard: Shard, original: Callable[..., Any]) -> Callable[..., 
 
 
 def warmup(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs the warm-up prefill through empty slots, so that the memory it needs is not given to the KV cache."""
+    """Runs the warm-up prefill through empty slots, so that its memory is not given to the KV cache."""
 
     @functools.wraps(original)
     def warmed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ def warmup(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def model_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Never replays a CUDA graph for a decode batch that holds an all-token LoRA: graphs were captured without it."""
+    """Runs a decode batch with an all-token LoRA without CUDA graphs, which were captured without adapters."""
 
     @functools.wraps(original)
     def forward(self: Any, batch: Any, adapter_data: Any) -> Any:
@@ -131,7 +131,7 @@ def model_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., A
 
 
 def lora_config_load(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a LoRA whose options TGI would drop without a word."""
+    """Refuses a LoRA with options that TGI ignores."""
 
     @functools.wraps(original)
     def load(cls: Any, adapter_id: str, api_token: Any) -> Any:
@@ -139,8 +139,8 @@ def lora_config_load(shard: Shard, original: Callable[..., Any]) -> Callable[...
             faults = lora_faults(_config_of(adapter_id, api_token))
             if faults:
                 raise ValueError(
-                    f"LORA_ADAPTERS: {adapter_id} would be served wrong: {'; '.join(faults)}; retrain it without, or "
-                    "set PREFT_LORA_FIXES without `options` to serve it as TGI does"
+                    f"LORA_ADAPTERS: {adapter_id} would be served wrong: {'; '.join(faults)}; retrain it without "
+                    "them, or set PREFT_LORA_FIXES without `options` to serve it as TGI does"
                 )
         return original(cls, adapter_id, api_token)
 
@@ -148,9 +148,9 @@ def lora_config_load(shard: Shard, original: Callable[..., Any]) -> Callable[...
 
 
 def lora_faults(config: dict[str, Any]) -> list[str]:
-    """Returns what TGI 3.3.7 ignores of a LoRA's adapter_config."""
+    """Returns the options of a LoRA's adapter_config that TGI 3.3.7 ignores."""
     peft_type = config.get("peft_type")
-    faults = [] if peft_type == "LORA" else [f"peft_type is {peft_type}, and it must be LORA"]
+    faults = [] if peft_type == "LORA" else [f"peft_type is {peft_type}: must be LORA"]
     faults += [
         f"{name} is {config[name]!r}"
         for name in (

@@ -1,4 +1,4 @@
-"""The prefix cache in TGI's batches: prompts are looked up when a request comes, and kept when their prefill ends."""
+"""The prefix cache in TGI's batches: prompts are looked up when a request arrives and kept when prefill ends."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +21,12 @@ class PrefixReuse:
         self._model = model
 
     def find(self, requests: Sequence[Any], owners: Sequence[str], inputs: Sequence[Sequence[int]]) -> list[Found]:
-        """Finds the beginnings of prompts, and sets the requests' `cache_len` so that TGI does not compute them.
+        """Looks up the prefixes of prompts and sets the requests' `cache_len`, so that TGI does not compute them.
 
-        Not for a request that wants the prompt's log-probabilities, nor for one without blocks, as in warm-up.
+        A request for the prompt's log-probabilities computes all of it, as does one without blocks (warm-up).
 
         Args:
-            owners: who makes the KV of each request's prompt
+            owners: of each request's KV
             inputs: the token ids of each request
         """
         everything = []
@@ -41,12 +41,12 @@ class PrefixReuse:
         return everything
 
     def fill(self, batch: Any, found: Sequence[Found]) -> None:
-        """Copies what was found into the blocks of a batch's requests."""
-        for beginning, blocks in zip(found, batch.block_tables, strict=True):
-            self.cache.fill(beginning, self._model.kv_cache, blocks)
+        """Copies cached prefixes into the blocks of a batch's requests."""
+        for prefix, blocks in zip(found, batch.block_tables, strict=True):
+            self.cache.fill(prefix, self._model.kv_cache, blocks)
 
     def keep(self, batch: Any, before: Sequence[bool]) -> None:
-        """Keeps the prompts that a forward finished.
+        """Caches the prompts whose prefill a forward finished.
 
         Args:
             before: which requests of the batch were in prefill before the forward

@@ -1,4 +1,4 @@
-"""Which rows of one forward of TGI take which adapter: worked out once, read by all layers."""
+"""Which rows of a forward take which adapter. Computed once per forward, read by all layers."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ TICKET = "__preft_ticket__"
 
 @dataclass(frozen=True)
 class PrefillRows:
-    """Rows begin <= row < end of a forward that are prefill of a request with this adapter."""
+    """Rows begin <= row < end of a forward: prefill of a request with this adapter."""
 
     key: str
     begin: int
@@ -83,9 +83,9 @@ def prefill_rows(
 
 @contextmanager
 def routed(registry: Registry, rows: Sequence[PrefillRows], num_rows: int) -> Iterator[Route]:
-    """Pins the adapters of a forward and lets the layers see its route, until the forward was started.
+    """Pins the adapters of a forward and makes its route current while the forward is launched.
 
-    Adapters that find no free slot are read from their packed copy on the host, site by site: slower, and right.
+    Adapters that find no free slot are read from host memory, target module by target module: slower, same result.
     """
     leases, slots, rest = _pin(registry.pool, list(dict.fromkeys(row.key for row in rows)))
     registry.streamed += len(rest)
@@ -108,7 +108,7 @@ def routed(registry: Registry, rows: Sequence[PrefillRows], num_rows: int) -> It
 
 @contextmanager
 def visible(route: Route) -> Iterator[Route]:
-    """Lets the layers see a route."""
+    """Makes a route current in this thread."""
     before, _CURRENT.route = _CURRENT.route, route
     try:
         yield route
@@ -117,28 +117,29 @@ def visible(route: Route) -> Iterator[Route]:
 
 
 def current() -> Route | None:
-    """Returns the route of this thread's forward; None when it has no adapted row, as in every decode step."""
+    """Returns this thread's current route; None if the forward has no adapted row, as in every decode step."""
     return _CURRENT.route
 
 
 def warm_route(registry: Registry, num_rows: int) -> Route:
-    """Returns a route that sends all rows through empty slots: it costs what a prefill costs and changes nothing."""
+    """Returns a route of all rows through empty slots, with the cost of an adapted prefill and no effect."""
     segments = Segments.of_spans([Span(0, 0, num_rows)], num_rows, registry.pool.device)
     last_of_kind = {bucket.kind: bucket for bucket in sorted(registry.pool.buckets)}
     return Route(tuple(RouteGroup(registry.pool.weights(bucket), segments) for bucket in last_of_kind.values()))
 
 
 def compile_kernels(registry: Registry) -> int:
-    """Compiles what forwards of this registry's adapters can need of the kernels; returns how many ops that took."""
+    """Compiles the kernels that this registry's adapters can need. Returns the number of ops run for it."""
     pool = registry.pool
     return ops.warm_up(one for bucket in pool.buckets for one in pool.weights(bucket).values())
 
 
 def add_linear(route: Route, site: str, output: Tensor, x: Tensor) -> None:
-    """Adds to a linear layer's output, in place, what the adapters of a route add at this site.
+    """Adds the LoRA-P updates of a route to a linear layer's output, in place.
 
     Args:
-        output: (rows, width) of this shard
+        site: name of the layer's site
+        output: (rows, width) of this shard; changed in place
         x: (rows, width_in) of this shard
     """
     for group in route.groups:
@@ -148,10 +149,10 @@ def add_linear(route: Route, site: str, output: Tensor, x: Tensor) -> None:
 
 
 def edit_block(route: Route, site: str, output: Any) -> Any:
-    """Returns a decoder layer's output with the edits of a route on its residual stream.
+    """Returns a decoder layer's output with the DiReFT-P edits of a route on the residual stream.
 
-    Where the layer returns (hidden, residual), whose sum is the stream, the edited rows become (stream, 0), so that
-    the sum is the edited stream exactly; other rows keep both parts and their rounding.
+    If the layer returns (hidden, residual), whose sum is the stream, the edited rows become (stream, 0): the sum is
+    exactly the edited stream. Other rows keep both parts and their rounding. A single tensor is changed in place.
     """
     for group in route.groups:
         found = group.weights.get(site)
@@ -169,7 +170,7 @@ def edit_block(route: Route, site: str, output: Any) -> Any:
 
 
 class _FromHost(Mapping[str, Weights]):
-    """The weights of one adapter by site, on the device only while a layer uses them."""
+    """The weights of one adapter by site, copied to the device when a layer reads them."""
 
     def __init__(self, layout: Layout, row: Tensor, device: torch.device):
         self._views = layout.views(row[None])
@@ -189,13 +190,13 @@ class _FromHost(Mapping[str, Weights]):
 
 
 def _pin(pool: SlotPool, keys: list[str]) -> tuple[list[Lease], dict[str, tuple[Bucket, int]], list[str]]:
-    """Returns leases, key -> (bucket, slot), and the keys that found no free slot. Never waits."""
+    """Returns leases, key -> (bucket, slot), and the keys without a free slot. Does not wait."""
     leases: list[Lease] = []
     rest: list[str] = []
     try:
         leases.append(pool.acquire(keys, timeout_s=0))
     except (ValueError, TimeoutError):
-        # more adapters than slots: in slots first, so that they are not evicted for the others
+        # more adapters than slots: resident ones first, so that the others do not evict them
         resident = pool.resident()
         for key in sorted(keys, key=lambda key: key not in resident):
             try:

@@ -1,4 +1,4 @@
-"""One patched server process: its settings, the adapters that it serves, and what TGI's functions ask of them."""
+"""The state of one patched server process: settings, adapters, prefix cache, control socket."""
 
 import sys
 import time
@@ -22,18 +22,18 @@ from tgi_patch.server.routing import (
     visible,
     warm_route,
 )
-from tgi_patch.server.target_modules import SITE, find_places, modules_of
+from tgi_patch.server.target_modules import SITE, find_target_modules, modules_of
 from tgi_patch.settings import BASE_IDS, Settings, check_ids
 
 
 class Shard:
-    """A server process of TGI. `layers` has the functions that call it in place of TGI's own.
+    """One server process of TGI. The functions of `layers`, which replace TGI's, call it.
 
     Args:
         settings: of this process
     Attributes:
-        registry: of PreFT adapters; None before a model is attached, and where no adapters are served
-        prefixes: the requests' side of the prefix cache; None where there is none
+        registry: of PreFT adapters; None before a model is attached, and if no adapters are served
+        prefixes: None before warm-up, and if the prefix cache is off
     """
 
     def __init__(self, settings: Settings):
@@ -50,7 +50,7 @@ class Shard:
         Args:
             model: what TGI's `get_model_with_lora_adapters` returns
         Raises:
-            AdapterError, UnsupportedModel, SettingsError: the model cannot serve what was asked for.
+            AdapterError, UnsupportedModel, SettingsError: the model cannot serve the adapters.
         """
         settings = self.settings
         check_rope(getattr(model, "config", None), model.model_id)
@@ -59,10 +59,10 @@ class Shard:
             return
         check_model(model, settings)
         check_ids(settings.adapters, {model.model_id, *settings.base_models}, own_adapters())
-        places = find_places(model.model, model.config, model.rank, model.world_size)
+        targets = find_target_modules(model.model, model.config, model.rank, model.world_size)
         sources = find_all(settings.adapters)
-        registry = Registry(places, settings, model.model_id, sources, device=model.device, dtype=model.dtype)
-        for module, site in modules_of(places):
+        registry = Registry(targets, settings, model.model_id, sources, device=model.device, dtype=model.dtype)
+        for module, site in modules_of(targets):
             setattr(module, SITE, site)
             if site.endswith(".preft"):
                 module.register_forward_hook(block_hook)
@@ -74,7 +74,7 @@ class Shard:
         return name in self.settings.fixes
 
     def ticket(self, request: Any) -> Ticket | None:
-        """Returns a hold on a request's PreFT adapter; None for the base model and TGI's own adapters.
+        """Returns a ticket for a request's PreFT adapter; None for the base model and TGI's own adapters.
 
         Raises:
             UnknownAdapter: no adapter has this id. TGI would serve the base model.
@@ -97,13 +97,13 @@ class Shard:
         return None
 
     def owner(self, request: Any, ticket: Ticket | None) -> str:
-        """Returns whose KV a request's prompt makes. Keys of the pool are never used again for another adapter."""
+        """Returns the owner of the KV of a request's prompt. A key of the pool is never used for another adapter."""
         if ticket is not None:
             return f"preft:{ticket.key}"
         return "base" if request.adapter_id in self._base_ids else f"lora:{request.adapter_id}"
 
     def route(self, batch: Any) -> AbstractContextManager[Any]:
-        """Returns a context in which the layers see the route of a batch's next forward."""
+        """Returns a context for a batch's next forward, in which its route is current."""
         if self.registry is None:
             return nullcontext()
         if self._warming:
@@ -116,8 +116,8 @@ class Shard:
     def warming(self, model: Any) -> Iterator[None]:
         """A context for TGI's warm-up, which measures the memory of a prefill and captures CUDA graphs.
 
-        Compiles the kernels and reserves the prefix cache before it. The control socket is served only after it: an
-        adapter that is added allocates pinned memory, which breaks the capture of a graph in another thread.
+        Compiles the kernels and reserves the prefix cache first. Serves the control socket only afterwards: adding an
+        adapter allocates pinned memory, which breaks a CUDA graph capture in another thread.
         """
         registry = self.registry
         if registry is None:
@@ -139,7 +139,7 @@ class Shard:
             self._control.start()
 
     def keep_prefixes(self, batch: Any, before: list[bool]) -> None:
-        """Keeps the prompts that a forward finished in the prefix cache.
+        """Caches the prompts whose prefill a forward finished.
 
         Args:
             before: which requests of the batch were in prefill before the forward

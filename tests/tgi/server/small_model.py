@@ -9,7 +9,7 @@ from preft_core.format.adapter import save_adapter
 from preft_core.format.config import AdapterConfig
 from preft_core.hub.source import find_adapter
 from tgi_patch.server.registry import Registry
-from tgi_patch.server.target_modules import find_places, modules_of
+from tgi_patch.server.target_modules import find_target_modules, modules_of
 from tgi_patch.settings import Settings
 
 HIDDEN, HEADS, KV_HEADS, INNER = 32, 4, 2, 48
@@ -63,21 +63,21 @@ def model_of(layer=FlashLlamaLayer, **others):
     return model
 
 
-def adapter_in(directory, places, method="lora", r=4, seed=0, **fields):
-    """Saves a random adapter that acts at all places of its kind."""
+def adapter_in(directory, targets, method="lora", r=4, seed=0, **fields):
+    """Saves a random adapter of all target modules of its kind."""
     torch.manual_seed(seed)
     tensors = {}
-    for place in places:
-        if (place.whole.kind == "linear") != (method == "lora"):
+    for target in targets:
+        if (target.whole.kind == "linear") != (method == "lora"):
             continue
-        for path, width in zip(place.whole.paths, place.whole.widths, strict=True):
+        for path, width in zip(target.whole.paths, target.whole.widths, strict=True):
             name = f"base_model.model.{path}"
-            tensors[f"{name}.preft_A"] = torch.randn(r, place.whole.in_features)
+            tensors[f"{name}.preft_A"] = torch.randn(r, target.whole.in_features)
             tensors[f"{name}.preft_B"] = torch.randn(width, r)
             if method != "lora":
                 tensors[f"{name}.preft_bias"] = torch.randn(r)
-    targets = tuple(sorted({name.rsplit(".", 2)[1] for name in tensors})) if method == "lora" else None
-    config = AdapterConfig(method=method, r=r, lora_alpha=2.0 * r, target_modules=targets, **fields)
+    names = tuple(sorted({name.rsplit(".", 2)[1] for name in tensors})) if method == "lora" else None
+    config = AdapterConfig(method=method, r=r, lora_alpha=2.0 * r, target_modules=names, **fields)
     save_adapter(directory, config, tensors)
     return find_adapter(directory)
 
@@ -88,9 +88,9 @@ class ServedModel:
     def __init__(self, root):
         self.root = root
         model = model_of()
-        self.places = find_places(model, CONFIG)
-        for module, site in modules_of(self.places):
+        self.targets = find_target_modules(model, CONFIG)
+        for module, site in modules_of(self.targets):
             module.site = site
-        self.sources = {f"l{i}": adapter_in(root / f"l{i}", self.places, seed=i) for i in range(3)}
-        self.sources["d"] = adapter_in(root / "d", self.places, "direft", seed=9)
-        self.registry = Registry(self.places, Settings(adapters={"x": "y"}, slots=1), "base", self.sources)
+        self.sources = {f"l{i}": adapter_in(root / f"l{i}", self.targets, seed=i) for i in range(3)}
+        self.sources["d"] = adapter_in(root / "d", self.targets, "direft", seed=9)
+        self.registry = Registry(self.targets, Settings(adapters={"x": "y"}, slots=1), "base", self.sources)

@@ -10,7 +10,7 @@ from tests.tgi.server.small_model import CONFIG, ServedModel, adapter_in, model_
 from tgi_patch.server import known, shard
 from tgi_patch.server.registry import AdapterTaken, Registry, UnknownAdapter
 from tgi_patch.server.routing import PrefillRows, routed
-from tgi_patch.server.target_modules import UnsupportedModel, find_places
+from tgi_patch.server.target_modules import UnsupportedModel, find_target_modules
 from tgi_patch.settings import Settings
 
 
@@ -79,7 +79,7 @@ def test_a_removed_adapter_stays_for_requests_that_the_router_has_queued(served,
 def test_removed_adapters_do_not_pile_up_where_no_request_comes(served, monkeypatch):
     monkeypatch.setattr(known, "GRACE_S", 0.0)
     settings = Settings(adapters={"x": "y"}, max_adapters=3)
-    registry = Registry(served.places, settings, "b", {"l0": served.sources["l0"]})
+    registry = Registry(served.targets, settings, "b", {"l0": served.sources["l0"]})
     for _ in range(8):
         registry.add("again", str(served.root / "l1"))
         registry.remove("again")
@@ -89,13 +89,13 @@ def test_removed_adapters_do_not_pile_up_where_no_request_comes(served, monkeypa
 def test_a_place_given_again_is_the_same_only_with_the_same_content(served):
     registry, root = served.registry, served.root
     # a directory may have an @ in its name
-    adapter_in(root / "acme@v2", served.places, seed=5)
-    adapter_in(root / "acme", served.places, seed=6)
+    adapter_in(root / "acme@v2", served.targets, seed=5)
+    adapter_in(root / "acme", served.targets, seed=6)
     registry.add("x", str(root / "acme@v2"))
     with pytest.raises(AdapterTaken, match="stands for"):
         registry.add("x", str(root / "acme"))
     registry.add("x", str(root / "acme@v2"))
-    adapter_in(root / "acme@v2", served.places, seed=7)
+    adapter_in(root / "acme@v2", served.targets, seed=7)
     with pytest.raises(AdapterTaken, match="other content than when it was added: remove it first"):
         registry.add("x", str(root / "acme@v2"))
     before = registry.adapters()["x"]["fingerprint"]
@@ -106,7 +106,7 @@ def test_a_place_given_again_is_the_same_only_with_the_same_content(served):
 
 def test_files_that_cannot_be_read_again_are_a_fault_that_is_told(served):
     settings = Settings(adapters={"x": "y"}, slots=1, host_bytes=0)
-    registry = Registry(served.places, settings, "b", {name: served.sources[name] for name in ("l0", "l1")})
+    registry = Registry(served.targets, settings, "b", {name: served.sources[name] for name in ("l0", "l1")})
     assert registry.faults() == {}
     (served.root / "l0" / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError):
@@ -120,16 +120,16 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(served):
     registry.add("l1", str(root / "l1"))
     with pytest.raises(AdapterTaken, match="stands for"):
         registry.add("l1", str(root / "l2"))
-    adapter_in(root / "wide", served.places, r=20)
+    adapter_in(root / "wide", served.targets, r=20)
     with pytest.raises(AdapterError, match=r"slots for linear rank 32.*PREFT_RESERVE"):
         registry.add("wide", str(root / "wide"))
-    adapter_in(root / "other", served.places, base_model_name_or_path="org/other")
+    adapter_in(root / "other", served.targets, base_model_name_or_path="org/other")
     with pytest.raises(AdapterError, match=r"trained on 'org/other'.*PREFT_BASE_MODEL"):
         registry.add("other", str(root / "other"))
     bigger = SimpleNamespace(**(vars(CONFIG) | {"hidden_size": 64, "intermediate_size": 48}))
     with pytest.raises(UnsupportedModel):
-        find_places(model_of(), bigger)
-    source = adapter_in(root / "nan", served.places)
+        find_target_modules(model_of(), bigger)
+    source = adapter_in(root / "nan", served.targets)
     file = root / "nan" / "adapter_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-4:] = b"\xff\xff\xff\x7f"
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(served):
     with pytest.raises(AdapterError):
         registry.add("nan", source.location)
     small = Registry(
-        served.places, Settings(adapters={"x": "y"}, max_bytes=100, reserve=tuple(registry.pool.buckets)), "b", {}
+        served.targets, Settings(adapters={"x": "y"}, max_bytes=100, reserve=tuple(registry.pool.buckets)), "b", {}
     )
     with pytest.raises(AdapterError, match="PREFT_MAX_ADAPTER_BYTES is 100"):
         small.add("l0", str(root / "l0"))
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(served):
     assert len(registry.pool.names()) == 4
     with pytest.raises(AdapterError, match=r"'a'.*'b'"):
         Registry(
-            served.places,
+            served.targets,
             Settings(adapters={"x": "y"}, max_bytes=100),
             "b",
             {"a": served.sources["l0"], "b": served.sources["l1"]},
@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(served):
 
 def test_a_header_that_would_stop_the_event_loop_is_refused(served):
     """JSON is parsed under the interpreter lock, which the loop that serves gRPC needs."""
-    source = adapter_in(served.root / "padded", served.places)
+    source = adapter_in(served.root / "padded", served.targets)
     file = served.root / "padded" / "adapter_model.safetensors"
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")

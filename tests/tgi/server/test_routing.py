@@ -40,14 +40,14 @@ def test_rows_get_their_adapters_also_when_there_are_more_than_slots(served):
     spans = {"l0": (0, 3), "l1": (4, 6), "l2": (7, 12)}
     tickets = {name: served.registry.ticket(name) for name in spans}
     rows = [PrefillRows(tickets[name].key, *span) for name, span in spans.items()]
-    place = served.places[0]
+    target = served.targets[0]
     with routed(served.registry, rows, 12) as route:
-        output = torch.zeros(12, place.whole.out_features)
-        add_linear(route, place.whole.name, output, x)
+        output = torch.zeros(12, target.whole.out_features)
+        add_linear(route, target.whole.name, output, x)
     expected = torch.zeros_like(output)
     for name, (begin, end) in spans.items():
         modules, at = served.sources[name].load().modules(), 0
-        for path, width in zip(place.whole.paths, place.whole.widths, strict=True):
+        for path, width in zip(target.whole.paths, target.whole.widths, strict=True):
             update = linear(linear(x[begin:end], modules[path]["preft_A"]), modules[path]["preft_B"]) * 2.0
             expected[begin:end, at : at + width] = update
             at += width
@@ -99,10 +99,10 @@ def test_the_edit_of_many_spans_takes_no_more_ops_than_of_two(served):
 
 def test_warming_changes_nothing(served):
     route = warm_route(served.registry, 7)
-    for place in served.places[:2]:
-        output = torch.randn(7, place.whole.out_features)
+    for target in served.targets[:2]:
+        output = torch.randn(7, target.whole.out_features)
         before = output.clone()
-        add_linear(route, place.whole.name, output, torch.randn(7, place.whole.in_features))
+        add_linear(route, target.whole.name, output, torch.randn(7, target.whole.in_features))
         assert torch.equal(output, before)
 
 

@@ -9,23 +9,23 @@ from torch.nn.functional import linear
 
 from tests.tgi.server.small_model import CONFIG, HIDDEN, INNER, Other, adapter_in, model_of
 from tgi_patch.server.layers import lora_faults
-from tgi_patch.server.target_modules import UnsupportedModel, find_places, fix_layer_names, shard_adapter
+from tgi_patch.server.target_modules import UnsupportedModel, find_target_modules, fix_layer_names, shard_adapter
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_shards_together_compute_what_one_would(tmp_path, packed):
-    whole_model = find_places(model_of(packed=packed), CONFIG)
+    whole_model = find_target_modules(model_of(packed=packed), CONFIG)
     source = adapter_in(tmp_path / "a", whole_model)
     adapter = source.load()
     x, inner = torch.randn(5, HIDDEN), torch.randn(5, INNER)
-    for index, place in enumerate(whole_model):
-        if place.whole.kind == "block":
+    for index, target in enumerate(whole_model):
+        if target.whole.kind == "block":
             continue
-        parts = [find_places(model_of(packed=packed, shards=2), CONFIG, rank, 2) for rank in range(2)]
-        for path, width in zip(place.whole.paths, place.whole.widths, strict=True):
+        parts = [find_target_modules(model_of(packed=packed, shards=2), CONFIG, rank, 2) for rank in range(2)]
+        for path, width in zip(target.whole.paths, target.whole.widths, strict=True):
             leaves = adapter.modules()[path]
             found = [shard_adapter(adapter, part).modules()[path] for part in parts]
-            row = place.whole.name.endswith(("o_proj", "down_proj"))
+            row = target.whole.name.endswith(("o_proj", "down_proj"))
             given_x = inner if "down" in path else x
             expected = linear(linear(given_x, leaves["preft_A"]), leaves["preft_B"])
             if row:
@@ -48,7 +48,7 @@ def test_shards_together_compute_what_one_would(tmp_path, packed):
 def test_names_are_those_of_transformers_whatever_tgi_calls_them():
     for prefix in ("", "model.layers.0.self_attn."):
         model = model_of(prefix=prefix)
-        paths = [path for place in find_places(model, CONFIG) for path in place.whole.paths]
+        paths = [path for target in find_target_modules(model, CONFIG) for path in target.whole.paths]
         assert paths[:4] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
         assert fix_layer_names(model) == (8 if prefix else 0)
         assert model.model.layers[0].self_attn.query_key_value.layer_names == ["q_proj", "k_proj", "v_proj"]
@@ -56,13 +56,13 @@ def test_names_are_those_of_transformers_whatever_tgi_calls_them():
 
 
 def test_models_without_places_are_refused():
-    with pytest.raises(UnsupportedModel, match="without layers that adapters can act at"):
-        find_places(model_of(Other), CONFIG)
-    with pytest.raises(UnsupportedModel, match="without layers"):
-        find_places(nn.Module(), CONFIG)
+    with pytest.raises(UnsupportedModel, match="has no target modules"):
+        find_target_modules(model_of(Other), CONFIG)
+    with pytest.raises(UnsupportedModel, match="has no target modules"):
+        find_target_modules(nn.Module(), CONFIG)
     wrong = SimpleNamespace(**(vars(CONFIG) | {"intermediate_size": 50}))
     with pytest.raises(UnsupportedModel, match=r"has weights \[32, 48\]"):
-        find_places(model_of(), wrong)
+        find_target_modules(model_of(), wrong)
 
 
 @pytest.mark.parametrize(
