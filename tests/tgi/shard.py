@@ -1,7 +1,7 @@
-"""One patched server process for the tests: TGI's command line in float32, as greedy ties in 16 bit tell nothing.
+"""One patched shard for the tests: TGI's command line in float32, because 16 bit has ties between greedy tokens.
 
-Run by TGI's Python. `PREFT_TEST_BREAK=rows` takes the position rule out, for the negative control; `owner`
-lets all adapters share the prefix cache.
+Run by TGI's Python. Negative controls: `PREFT_TEST_BREAK=rows` removes the position rule, `owner` shares the prefix
+cache between adapters.
 """
 
 import builtins
