@@ -1,7 +1,7 @@
 """A stand-in for TGI's router over the server's gRPC. Batches are scripted, so that a test knows what ran together.
 
-Run by TGI's Python. Its argument is JSON: {"model", "sockets", "world_size", "environment", "arguments"}. It starts the
-shards, then responds to JSON lines on stdin: {"op": "run", "requests": [...]}, {"op": "control", "request": {...}}.
+Run by TGI's Python. Its argument is JSON: {"model", "sockets", "world_size", "environment", "arguments"}. It starts
+the shards, then responds to JSON lines on stdin: {"op": "run", "requests": [...]} or {"op": "control", "request": ...}.
 """
 
 import json
@@ -203,9 +203,8 @@ def main():
                     run = Run(server, command["requests"])
                     response = {"tokens": run.run(), "most": run.most, "prompt_tokens": run.prompt_tokens}
                 else:
-                    response = {
-                        "ranks": [ask(server.control, r, command["request"]) for r in range(server.world_size)]
-                    }
+                    ranks = range(server.world_size)
+                    response = {"ranks": [ask(server.control, rank, command["request"]) for rank in ranks]}
             except grpc.RpcError as error:
                 server.call_all("ClearCache", pb.ClearCacheRequest())
                 response = {"error": f"{error.code().name}: {error.details()}"}

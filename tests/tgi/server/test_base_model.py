@@ -7,7 +7,7 @@ import pytest
 
 from tests.hf.many_adapters import crowd
 from tests.tgi.server.test_serving import check
-from tests.tgi.server_process import make_world, request, serving, some_ids
+from tests.tgi.server_process import make_tiny_model, request, serving, some_ids
 from tgi_patch.server.base_model import check_rope
 from tgi_patch.server.target_modules import UnsupportedModel
 
@@ -73,17 +73,17 @@ def test_a_config_of_transformers_4_has_no_such_field():
 
 @pytest.mark.tgi
 def test_a_model_saved_by_transformers_5_is_served_right_or_not_at_all():
-    world = make_world("llama", crowd("llama", rope_theta=3.0))
-    file = world.model / "config.json"
+    model = make_tiny_model("llama", crowd("llama", rope_theta=3.0))
+    file = model.directory / "config.json"
     saved = json.loads(file.read_text())
     assert "rope_theta" not in saved
-    with pytest.raises(AssertionError, match=r'add "rope_theta": 3\.0 to config\.json'), serving(world):
+    with pytest.raises(AssertionError, match=r'add "rope_theta": 3\.0 to config\.json'), serving(model):
         pass
     ids = some_ids(40, 1)
     file.write_text(json.dumps(saved | {"rope_theta": 3.0}))
-    with serving(world, "flashdecoding-ipex") as server:
-        check(server, world, [(name, ids, 6, {}) for name in (None, "wide", "edit")])
+    with serving(model, "flashdecoding-ipex") as server:
+        check(server, model, [(name, ids, 6, {}) for name in (None, "wide", "edit")])
     # TGI alone serves it with its default
     file.write_text(json.dumps(saved))
-    with serving(world, "flashdecoding-ipex", PREFT_DISABLE="1") as server:
-        assert server.run([request(ids, new=12)]) != [world.expected(None, ids, 12)]
+    with serving(model, "flashdecoding-ipex", PREFT_DISABLE="1") as server:
+        assert server.run([request(ids, new=12)]) != [model.expected(None, ids, 12)]
