@@ -1,7 +1,7 @@
 """A stand-in for TGI's router over the server's gRPC. Batches are scripted, so that a test knows what ran together.
 
 Run by TGI's Python. Its argument is JSON: {"model", "sockets", "world_size", "environment", "arguments"}. It starts
-the shards, then responds to JSON lines on stdin: {"op": "run", "requests": [...]} or {"op": "control", "request": ...}.
+the shards, then responds to JSON lines on stdin: {"op": "run", "requests": [...]}, {"op": "control", "request": ...}.
 """
 
 import json
