@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from preft_core.format.config import (
@@ -23,7 +22,7 @@ from preft_core.format.config import (
     parse_config,
     read_config,
 )
-from preft_core.format.header import TensorInfo, raise_faults, read_header
+from preft_core.format.header import TensorInfo, open_weights, raise_faults, read_header, read_tensors
 from preft_core.format.staging import staging_in
 from preft_core.orthonormal import orthonormal_rows
 
@@ -204,13 +203,10 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
             f"{WEIGHTS_NAME} only; ask whoever made the adapter to save it again"
         )
     config = read_config(directory)
-    check_header(config, read_header(weights))
-    try:
-        # load_file would map the file, and whoever writes into it later would change a loaded adapter
-        read = load(weights.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{weights} cannot be read: {error}; download it again") from error
-    # load gives them in any order
+    with open_weights(weights) as (header, reader):
+        check_header(config, header)
+        # a mapped file would change a loaded adapter when somebody writes into it
+        read = read_tensors(header, reader)
     tensors = {name: read[name] for name in sorted(read)}
     if check_values:
         _check_values(config, tensors)
