@@ -11,27 +11,30 @@ from preft_core.format.adapter import WEIGHTS_NAME, AdapterError, check_shapes, 
 from preft_hf.config import PreftConfig
 from preft_hf.forward.hooks import attachment_of
 from preft_hf.layers.linear import PreftLayer
+from preft_hf.tuner.names import plain_name
 
 KEY_PREFIX = "base_model.model."
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.")
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, PreftLayer]:
+    """Returns the layers that hold the adapter, by module path in the base model, without wrappers' names."""
+    return {
+        plain_name(name).removeprefix(KEY_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, PreftLayer) and adapter_name in module.preft_A
+    }
 
 
 def expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """Returns the shapes of the adapter's weights in the model: module path -> leaf -> shape."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, PreftLayer):
-            continue
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        leaves = {
-            leaf: tuple(getattr(module, leaf)[adapter_name].shape)
-            for leaf in module.adapter_layer_names
-            if adapter_name in getattr(module, leaf)
+    return {
+        path: {
+            leaf: tuple(getattr(layer, leaf)[adapter_name].shape)
+            for leaf in layer.adapter_layer_names
+            if adapter_name in getattr(layer, leaf)
         }
-        if leaves:
-            shapes[name.removeprefix(KEY_PREFIX)] = leaves
-    return shapes
+        for path, layer in layers_with(model, adapter_name).items()
+    }
 
 
 def check_weights(model: nn.Module, config: PreftConfig, adapter_name: str, weights: Mapping[str, Tensor]) -> None:

@@ -41,10 +41,20 @@ class PreftModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         check_model(model)
+        check_name_is_free(adapter_name, model)
         # PeftModel passes a dict and loads through PEFT; a bare config comes from transformers' load_adapter.
         bare = isinstance(peft_config, PreftConfig) and peft_config.from_file
-        with following(bare or weights_follow()):
-            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        configs = model.__dict__.get("peft_config")
+        before = None if configs is None else dict(configs)
+        try:
+            with following(bare or weights_follow()):
+                super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            if configs is not None and before is not None:
+                # BaseTuner adds the new config to the model's before it knows that it fits
+                configs.clear()
+                configs.update(before)
+            raise
         if isinstance(peft_config, PreftConfig) and bare:
             expect_weights(model, peft_config, adapter_name)
 
@@ -60,6 +70,7 @@ class PreftModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, PreftConfig)
         check_adapter_name(adapter_name, model)
+        check_name_is_free(adapter_name, model)
         pool = pool_of(model)
         if pool is not None and adapter_name in pool.names():
             raise ValueError(f"adapter name {adapter_name!r} is one of the model's PreftPool: choose another name")
@@ -183,6 +194,17 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"{kind} is an encoder-decoder model, whose prompt and response go through different "
             "halves: PreFT adapts decoder-only language models; use LoRA here"
+        )
+
+
+def check_name_is_free(adapter_name: str, model: nn.Module) -> None:
+    """Raises a ValueError if the model's layers have an adapter of this name, which a new one would half replace."""
+    taken = [module for module in model.modules() if isinstance(module, PreftLayer) and adapter_name in module.preft_A]
+    if taken:
+        raise ValueError(
+            f"adapter name {adapter_name!r} is taken: {len(taken)} layers of the model have an adapter of this name; "
+            f"choose another adapter_name, call delete_adapter({adapter_name!r}), or take all adapters off with "
+            "unload() first"
         )
 
 

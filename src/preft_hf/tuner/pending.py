@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -102,31 +103,68 @@ def _fingerprint_of_same(config: PreftConfig, place: str, adapter_name: str, opt
     return saved.saved_fingerprint
 
 
+@dataclass(frozen=True)
+class _Before:
+    """What loading an adapter changes in a base model besides adding the adapter, as it was before."""
+
+    adapters: set[str]
+    configs: dict[str, Any] | None
+    active: list[tuple[PreftLayer, list[str]]]
+    trained: list[tuple[nn.Parameter, bool]]
+    loaded: dict[str, bool]
+
+    @classmethod
+    def of(cls, base: nn.Module) -> "_Before":
+        attachment = base.__dict__.get(ATTRIBUTE)
+        layers = attachment.layers if attachment is not None else []
+        configs = base.__dict__.get("peft_config")
+        return cls(
+            adapters=attachment.routing.held() if attachment is not None else set(),
+            configs=None if configs is None else dict(configs),
+            active=[(layer, list(layer.active_adapters)) for layer in layers],
+            trained=[(parameter, parameter.requires_grad) for parameter in base.parameters()],
+            loaded={name: base.__dict__[name] for name in ("_hf_peft_config_loaded",) if name in base.__dict__},
+        )
+
+    def restore(self, base: nn.Module) -> None:
+        """Removes the adapters that were added since, if there are any."""
+        attachment = base.__dict__.get(ATTRIBUTE)
+        added = attachment.routing.held() - self.adapters if attachment is not None else set()
+        if not added:
+            return
+        for layer, names in self.active:
+            layer.set_adapter(names)
+        for name in added:
+            _delete(base, name)
+        for parameter, requires_grad in self.trained:
+            parameter.requires_grad_(requires_grad)
+        if self.configs is None:
+            base.__dict__.pop("peft_config", None)
+            # an attribute of transformers' class until an adapter is loaded
+            base.__dict__.pop("_hf_peft_config_loaded", None)
+            base.__dict__.update(self.loaded)
+
+
+@contextmanager
+def borrowed(base: nn.Module) -> Iterator[None]:
+    """Removes the adapters that are added inside at the end, so that the base model is as it was."""
+    before = _Before.of(base)
+    try:
+        yield
+    finally:
+        before.restore(base)
+
+
 @contextmanager
 def _whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
-    """Takes adapters whose weights did not arrive out of the model again when the loading inside fails."""
+    """Removes the adapters that were added inside if the loading fails."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    attachment = base.__dict__.get(ATTRIBUTE)
-    awaiting = set(attachment.awaiting) if attachment is not None else set()
-    active = [(layer, list(layer.active_adapters)) for layer in attachment.layers] if attachment is not None else []
-    trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    loaded = getattr(base, "_hf_peft_config_loaded", False)
+    before = _Before.of(base)
     try:
         with following():
             yield
     except BaseException:
-        attachment = base.__dict__.get(ATTRIBUTE)
-        made = attachment.awaiting - awaiting if attachment is not None else set()
-        if made:
-            for layer, names in active:
-                layer.set_adapter(names)
-            for name in made:
-                _delete(base, name)
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
-            if not base.__dict__.get("peft_config"):
-                base.__dict__.pop("peft_config", None)
-                base.__dict__["_hf_peft_config_loaded"] = loaded
+        before.restore(base)
         raise
 
 

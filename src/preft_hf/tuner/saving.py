@@ -18,7 +18,11 @@ from preft_core.hub.card import CARD_NAME, model_card, read_card
 from preft_core.hub.push_pull import Pushed, push_adapter
 from preft_hf.config import PreftConfig
 from preft_hf.layers.block import PreftBlock
+from preft_hf.tuner.attach import BLOCK
+from preft_hf.tuner.loading import layers_with
+from preft_hf.tuner.names import plain_name
 from preft_hf.tuner.resized import warn_of_resized
+from preft_hf.tuner.targets import resolve
 
 LEAVES = PreftBlock.adapter_layer_names
 
@@ -102,6 +106,8 @@ def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
             warn_of_resized(self, names)
         if is_main_process:
             check_gathered(self, names, kwargs.get("state_dict"))
+            if kwargs.get("state_dict") is None:
+                check_configs(self, names)
         with staging_in(Path(save_directory)) as staging:
             save(
                 self,
@@ -163,6 +169,42 @@ def check_gathered(model: PeftModel, names: list[str], state_dict: Mapping[str, 
             )
     if faults:
         raise ValueError("; ".join(faults))
+
+
+def check_configs(model: PeftModel, names: list[str]) -> None:
+    """Checks that the model's layers hold the adapters that their configs describe.
+
+    Raises:
+        ValueError: adapters on other modules, or with another scaling, than their configs say. A config that was
+            changed after its adapter was made would be saved with weights that no model loads.
+    """
+    faults = []
+    base = model.get_base_model()
+    for name in names:
+        config = model.peft_config[name]
+        assert isinstance(config, PreftConfig)
+        suffix = "" if config.method == "lora" else f".{BLOCK}"
+        wanted = {plain_name(path) + suffix for path in resolve(config, base)}
+        layers = layers_with(base, name)
+        described = f"adapter {name!r} has"
+        if surplus := sorted(layers.keys() - wanted):
+            faults.append(
+                f"{described} weights on {len(surplus)} modules that its config does not choose, such as {surplus[0]}"
+            )
+        if missing := sorted(wanted - layers.keys()):
+            faults.append(
+                f"{described} no weights of {len(missing)} modules that its config chooses, such as {missing[0]}"
+            )
+        scalings = {layer.scaling[name] for layer in layers.values()}
+        if other := sorted(scalings - {config.scaling}):
+            faults.append(
+                f"adapter {name!r}: the scaling of its config is {config.scaling} and its layers compute with {other[0]}"
+            )
+    if faults:
+        raise ValueError(
+            f"{'; '.join(faults)}: the config was changed after the adapter was made, and nothing was saved; set it "
+            "back, or make a new adapter from the changed config"
+        )
 
 
 def _publish(staging: Path, directory: Path, names: list[str]) -> None:
