@@ -10,6 +10,7 @@ from torch import nn
 
 from preft_core import ops
 from preft_core.format.adapter import Adapter, AdapterConfig, AdapterError, check_shapes
+from preft_core.format.config import HubError
 from preft_core.hub.manifest import read_manifest
 from preft_core.hub.source import AdapterSource, find_adapter
 from preft_core.pool.layout import Bucket, Site, bucket_of
@@ -115,7 +116,7 @@ class PreftPool:
             try:
                 found[name] = find_adapter(location, **options)
             except AdapterError as error:
-                raise AdapterError(f"adapter {name!r}: {error}") from error
+                raise type(error)(f"adapter {name!r} of {location}: {error}") from error
         configs = [*(source.config for source in found.values()), *reserve]
         pool = cls(model, configs, num_slots=num_slots, max_host_bytes=max_host_bytes, dtype=dtype)
         pool._hub_options = options
@@ -204,11 +205,14 @@ class PreftPool:
             )
 
         def load() -> Adapter:
-            adapter = source.load()
-            modules = adapter.modules().items()
-            found = {path: {leaf: tuple(t.shape) for leaf, t in leaves.items()} for path, leaves in modules}
             try:
+                adapter = source.load()
+                modules = adapter.modules().items()
+                found = {path: {leaf: tuple(t.shape) for leaf, t in leaves.items()} for path, leaves in modules}
                 check_shapes(adapter.config, found, self._expected(source.config, paths))
+            except HubError:
+                # another time may help: callers tell it from an adapter that is wrong
+                raise
             except AdapterError as error:
                 raise AdapterError(f"adapter {name!r} of {source.location}: {error}") from error
             return adapter

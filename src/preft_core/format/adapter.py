@@ -47,8 +47,10 @@ __all__ = [
     "TensorInfo",
     "check_header",
     "check_shapes",
+    "check_tensors",
     "config_faults",
     "fingerprint",
+    "fingerprint_fault",
     "load_adapter",
     "parse_config",
     "publish_files",
@@ -185,6 +187,15 @@ def fingerprint(config: Facts, tensors: Mapping[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def fingerprint_fault(actual: str, saved: str | None) -> str:
+    """Returns the error message for an adapter whose fingerprint is not the one in its config."""
+    return (
+        f"config and weights have fingerprint {actual} and {CONFIG_NAME} says {saved}: method, r, lora_alpha or "
+        "use_rslora was edited, the weights were changed, or the save was interrupted; save or download the adapter "
+        "again, or, if you edited it on purpose, set its fingerprint to null"
+    )
+
+
 def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter:
     """Returns the adapter in a directory, on the CPU.
 
@@ -213,17 +224,15 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
     # load gives them in any order
     tensors = {name: read[name] for name in sorted(read)}
     if check_values:
-        _check_values(config, tensors)
+        check_tensors(config, tensors)
     actual = fingerprint(config, tensors)
     if config.fingerprint not in (None, actual):
-        raise AdapterError(
-            f"{directory}: the weights have fingerprint {actual} and {CONFIG_NAME} says {config.fingerprint}: the "
-            "save was interrupted or a file was changed; save or download the adapter again"
-        )
+        raise AdapterError(f"{directory}: {fingerprint_fault(actual, config.fingerprint)}")
     return Adapter(config, tensors, actual)
 
 
-def _check_values(config: Facts, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(config: Facts, tensors: Mapping[str, Tensor]) -> None:
+    """Raises an AdapterError for values that are not finite and, for loreft, for dependent rows of R."""
     faults = [f"{name} holds NaN or infinite values" for name, t in tensors.items() if not torch.isfinite(t).all()]
     if config.method == "loreft" and not faults:
         for name, tensor in tensors.items():
@@ -246,9 +255,8 @@ def save_adapter(directory: str | Path, config: AdapterConfig, tensors: Mapping[
     mark = fingerprint(config, tensors)
     data = {field.name: getattr(config, field.name) for field in fields(config)} | {"fingerprint": mark}
     with staging_in(Path(directory)) as staging:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staging / WEIGHTS_NAME, {"format": "pt"}
-        )
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, staging / WEIGHTS_NAME, {"format": "pt"})
         write_config(staging, data)
         load_adapter(staging)
         publish_files(staging, Path(directory))

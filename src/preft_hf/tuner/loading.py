@@ -1,17 +1,27 @@
-"""Weights that arrive for an adapter, through PEFT or through transformers, checked before they are used."""
+"""The gate for weights that are loaded into an adapter, through PEFT or through transformers."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from preft_core.format.adapter import WEIGHTS_NAME, AdapterError, check_shapes, fingerprint, load_adapter
+from preft_core.format.adapter import (
+    WEIGHTS_NAME,
+    AdapterConfig,
+    AdapterError,
+    check_shapes,
+    check_tensors,
+    fingerprint,
+    fingerprint_fault,
+)
 from preft_hf.config import PreftConfig
-from preft_hf.forward.hooks import attachment_of
+from preft_hf.forward.hooks import ATTRIBUTE, attachment_of
 from preft_hf.layers.linear import PreftLayer
 from preft_hf.tuner.names import plain_name
+from preft_hf.tuner.reading import current_load, read_adapter
 
 KEY_PREFIX = "base_model.model."
 
@@ -38,7 +48,9 @@ def expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, dict[str, 
 
 
 def check_weights(model: nn.Module, config: PreftConfig, adapter_name: str, weights: Mapping[str, Tensor]) -> None:
-    """Checks a state dict in checkpoint names against the adapter in the model; then lets the adapter run.
+    """Checks a state dict, in the names of the model's modules, against the adapter in the model; then lets it run.
+
+    This is the gate for every way to load an adapter.
 
     Raises:
         AdapterError: missing, unexpected or mis-shaped weights, values that are not finite, or weights that are not
@@ -46,35 +58,43 @@ def check_weights(model: nn.Module, config: PreftConfig, adapter_name: str, weig
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, tensor in weights.items():
-        module, _, leaf = key.removeprefix(KEY_PREFIX).rpartition(".")
+        module, _, leaf = plain_name(key).removeprefix(KEY_PREFIX).rpartition(".")
         found.setdefault(module, {})[leaf] = tuple(tensor.shape)
     check_shapes(config, found, expected_shapes(model, adapter_name))
-    infinite = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if infinite:
-        raise AdapterError(f"{len(infinite)} weights hold NaN or infinite values, the first is {infinite[0]}")
-    if config.saved_fingerprint is not None:
-        actual = fingerprint(config, weights)
-        if actual != config.saved_fingerprint:
-            raise AdapterError(
-                f"the weights have fingerprint {actual} and adapter_config.json says {config.saved_fingerprint}: the "
-                "save was interrupted or a file was changed; save or download the adapter again"
-            )
-        # Checked once: later checkpoints of the same adapter have other weights.
-        config.saved_fingerprint = None
+    check_tensors(config, weights)
+    check_fingerprint(config, weights)
     attachment_of(_base_of(model)).awaiting.discard(adapter_name)
 
 
-def expect_weights(model: nn.Module, config: PreftConfig, adapter_name: str) -> None:
-    """Checks the weights of an adapter that transformers makes from a saved config.
+def check_fingerprint(config: PreftConfig, weights: Mapping[str, Tensor]) -> None:
+    """Checks weights under the names of their file against the fingerprint that the config was saved with, once.
 
-    transformers' load_adapter only logs missing and unexpected weights, so its next reading of a checkpoint into this
-    model is checked here first.
+    Raises:
+        AdapterError: config and weights were not saved together.
     """
-    model.__dict__["_load_pretrained_model"] = CheckedLoading(model, config, adapter_name)
+    saved, load = config.saved_fingerprint, current_load()
+    if saved is not None and (load is None or load.fingerprint != saved):
+        actual = fingerprint(config, weights)
+        if actual != saved:
+            raise AdapterError(fingerprint_fault(actual, saved))
+    # later checkpoints of the same adapter have other weights
+    config.saved_fingerprint = None
+
+
+def differences(saved: PreftConfig | AdapterConfig, config: PreftConfig) -> str:
+    """Returns in which facts a saved adapter computes another function than a config says; "" if in none."""
+    return "; ".join(
+        f"{name} is {getattr(saved, name)!r} there and {getattr(config, name)!r} here"
+        for name in ("method", "r", "lora_alpha", "use_rslora")
+        if getattr(saved, name) != getattr(config, name)
+    )
 
 
 class CheckedLoading:
-    """Stands in, once, for a model's `_load_pretrained_model`: checks an adapter's files, then reads them."""
+    """Stands in, once, for a model's `_load_pretrained_model`: checks an adapter's weights, then loads them.
+
+    transformers' load_adapter itself only logs missing and unexpected weights.
+    """
 
     def __init__(self, model: nn.Module, config: PreftConfig, adapter_name: str):
         self.model = model
@@ -82,12 +102,24 @@ class CheckedLoading:
         self.adapter_name = adapter_name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        del self.model.__dict__["_load_pretrained_model"]
-        files, state_dict = kwargs.get("checkpoint_files"), kwargs.get("state_dict")
-        if state_dict is None:
-            state_dict = self._read(files or [])
-        check_weights(self.model, self.config, self.adapter_name, state_dict)
+        self.remove()
+        weights = kwargs.get("state_dict")
+        if weights is None:
+            weights = self._read(kwargs.get("checkpoint_files") or [])
+        # before names are changed
+        check_fingerprint(self.config, weights)
+        renamed = self._renamed(weights, kwargs["load_config"].weight_mapping or [])
+        check_weights(self.model, self.config, self.adapter_name, renamed)
+        # of the class, which an instance attribute hid
         return getattr(type(self.model), "_load_pretrained_model")(*args, **kwargs)  # noqa: B009
+
+    def place(self) -> None:
+        """Puts itself in the place of the model's method."""
+        self.model.__dict__["_load_pretrained_model"] = self
+
+    def remove(self) -> None:
+        """Gives the model its method back."""
+        self.model.__dict__.pop("_load_pretrained_model", None)
 
     def _read(self, files: list[str]) -> dict[str, Tensor]:
         if len(files) != 1 or Path(files[0]).name != WEIGHTS_NAME:
@@ -95,12 +127,28 @@ class CheckedLoading:
                 f"the adapter's weights are {', '.join(files) or 'missing'}: PreFT adapters are one {WEIGHTS_NAME}, "
                 "never a pickle"
             )
-        return load_adapter(Path(files[0]).parent).tensors
+        directory = Path(files[0]).parent
+        adapter = read_adapter(directory)
+        if faults := differences(adapter.config, self.config):
+            raise AdapterError(f"{directory} cannot be loaded with this peft_config: {faults}; leave peft_config out")
+        return adapter.tensors
+
+    def _renamed(self, weights: Mapping[str, Tensor], mapping: list[Any]) -> dict[str, Tensor]:
+        """Returns the weights under the names that transformers loads them by, without the adapter's name."""
+        # a copy: transforms note that they were used
+        mapping = copy.deepcopy(mapping)
+        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        ending = f".{self.adapter_name}"
+        return {
+            rename_source_key(name, renamings, converters)[0].removesuffix(ending): tensor
+            for name, tensor in weights.items()
+        }
 
 
 def _base_of(model: nn.Module) -> nn.Module:
     """Returns the model that the adapter was attached to, inside a PeftModel or the model itself."""
     for module in model.modules():
-        if "_preft_attachment" in module.__dict__:
+        if ATTRIBUTE in module.__dict__:
             return module
     return model

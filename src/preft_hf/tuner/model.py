@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.forward.hooks import attachment_of, pool_of
 from preft_hf.layers.linear import MERGE_REFUSED, PreftLayer, device_of
 from preft_hf.tuner.attach import block_at, linear_at, take_out
-from preft_hf.tuner.loading import check_weights, expect_weights
-from preft_hf.tuner.pending import following, weights_follow
+from preft_hf.tuner.loading import CheckedLoading, check_weights
+from preft_hf.tuner.reading import current_load, loading
 from preft_hf.tuner.targets import endings, resolve
 
 
@@ -42,12 +42,14 @@ class PreftModel(BaseTuner):
     ) -> None:
         check_model(model)
         check_name_is_free(adapter_name, model)
-        # PeftModel passes a dict and loads through PEFT; a bare config comes from transformers' load_adapter.
-        bare = isinstance(peft_config, PreftConfig) and peft_config.from_file
         configs = model.__dict__.get("peft_config")
         before = None if configs is None else dict(configs)
+        # PeftModel gives a dict and loads through PEFT. A bare config comes from inject_adapter_in_model, which
+        # transformers calls too.
+        bare = isinstance(peft_config, PreftConfig)
+        loaded_by_transformers = bare and current_load() is not None
         try:
-            with following(bare or weights_follow()):
+            with loading() if bare and peft_config.from_file else nullcontext():
                 super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         except BaseException:
             if configs is not None and before is not None:
@@ -55,8 +57,8 @@ class PreftModel(BaseTuner):
                 configs.clear()
                 configs.update(before)
             raise
-        if isinstance(peft_config, PreftConfig) and bare:
-            expect_weights(model, peft_config, adapter_name)
+        if bare and loaded_by_transformers:
+            CheckedLoading(model, peft_config, adapter_name).place()
 
     def inject_adapter(
         self,
@@ -94,9 +96,9 @@ class PreftModel(BaseTuner):
             config.target_modules, config.exclude_modules = targets, saved
 
     def _mark(self, config: PreftConfig, adapter_name: str) -> None:
-        """Marks an adapter whose weights are to come, or forgets the saved weights that its config was written for."""
+        """Marks an adapter whose weights are loaded next; a new one forgets the weights its config was saved with."""
         awaiting = attachment_of(self.model).awaiting
-        if config.from_file and weights_follow():
+        if current_load() is not None:
             awaiting.add(adapter_name)
         else:
             awaiting.discard(adapter_name)

@@ -72,7 +72,6 @@ def push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(f"push_to_hub of a PreFT adapter takes no {', '.join(unknown)}: leave it out")
         return push_model(self, repo_id, **kwargs)
 
-    push_to_hub.__preft_original__ = push  # type: ignore[attr-defined]
     return push_to_hub
 
 
@@ -120,7 +119,6 @@ def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
             if is_main_process:
                 _publish(staging, Path(save_directory), names)
 
-    save_pretrained.__preft_original__ = save  # type: ignore[attr-defined]
     return save_pretrained
 
 
@@ -198,7 +196,8 @@ def check_configs(model: PeftModel, names: list[str]) -> None:
         scalings = {layer.scaling[name] for layer in layers.values()}
         if other := sorted(scalings - {config.scaling}):
             faults.append(
-                f"adapter {name!r}: the scaling of its config is {config.scaling} and its layers compute with {other[0]}"
+                f"adapter {name!r}: the scaling of its config is {config.scaling} and its layers compute with "
+                f"{other[0]}"
             )
     if faults:
         raise ValueError(
