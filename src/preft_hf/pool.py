@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from preft_core import ops
@@ -20,6 +21,7 @@ from preft_hf.forward.hooks import ATTRIBUTE, attachment_of
 from preft_hf.layers.linear import PreftLayer, device_of
 from preft_hf.tuner.attach import block_at, linear_at, take_out
 from preft_hf.tuner.model import check_model
+from preft_hf.tuner.names import plain_name, submodule, unwrapped
 from preft_hf.tuner.targets import features_of, resolve
 
 
@@ -56,7 +58,8 @@ class PreftPool:
         max_host_bytes: int = 4 << 30,
         dtype: torch.dtype | None = None,
     ):
-        self.model: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model: nn.Module = unwrapped(base)
         attachment = self.model.__dict__.get(ATTRIBUTE)
         if attachment is not None and attachment.routing.pool is not None:
             raise ValueError("the model has a PreftPool already: add the adapters to it, or close() it first")
@@ -71,7 +74,8 @@ class PreftPool:
         for config in configs:
             for path in self._resolve(config):
                 sites.setdefault(path, self._site(path, config.method))
-        names = [name for name, _ in self.model.named_modules() if name in sites or f"{name}.preft" in sites]
+        modules = dict.fromkeys(plain_name(name) for name, _ in self.model.named_modules())
+        names = [name for name in modules if name in sites or f"{name}.preft" in sites]
         ordered = [sites[key] for name in names for key in (name, f"{name}.preft") if key in sites]
         self.slots = SlotPool(
             ordered,
@@ -231,7 +235,7 @@ class PreftPool:
 
     def _site(self, path: str, method: str) -> Site:
         if method == "lora":
-            features = features_of(self.model.get_submodule(path))
+            features = features_of(submodule(self.model, path))
             assert features is not None
             return Site(path, "linear", (path,), features[0], (features[1],))
         hidden = self.model.config.get_text_config().hidden_size  # pyright: ignore
@@ -253,7 +257,7 @@ class PreftPool:
         return shapes
 
     def _device(self, names: Iterable[str]) -> torch.device:
-        devices = {device_of(self.model.get_submodule(name)) for name in names}
+        devices = {device_of(submodule(self.model, name)) for name in names}
         if any(device.type == "meta" for device in devices):
             raise ValueError(
                 "some of the model's adapted layers are offloaded, on the meta device: a PreftPool needs them on one "

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from preft_core.format.config import (
     read_config,
 )
 from preft_core.format.header import TensorInfo, raise_faults, read_header
+from preft_core.format.names import plain_name
 from preft_core.format.staging import staging_in
 from preft_core.orthonormal import orthonormal_rows
 
@@ -81,7 +83,7 @@ class Adapter:
     """A checked adapter in host memory.
 
     Attributes:
-        tensors: by name in the file, `base_model.model.<module path>.<leaf>`
+        tensors: by name, `base_model.model.<module path>.<leaf>`, without wrappers' parts such as _orig_mod
         fingerprint: of config and tensors
     """
 
@@ -113,6 +115,8 @@ def check_header(config: Facts, header: Mapping[str, TensorInfo]) -> dict[str, d
         for name in header
         if not _is_name(name)
     ]
+    plain = Counter(map(plain_name, header))
+    faults += [f"tensor name {name[:200]!r} stands {count} times" for name, count in plain.items() if count > 1]
     modules = _by_module({name: info for name, info in header.items() if _is_name(name)})
     wanted = METHOD_LEAVES[config.method]
     for path, leaves in modules.items():
@@ -228,7 +232,7 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
     actual = fingerprint(config, tensors)
     if config.fingerprint not in (None, actual):
         raise AdapterError(f"{directory}: {fingerprint_fault(actual, config.fingerprint)}")
-    return Adapter(config, tensors, actual)
+    return Adapter(config, {plain_name(name): tensor for name, tensor in tensors.items()}, actual)
 
 
 def check_tensors(config: Facts, tensors: Mapping[str, Tensor]) -> None:
@@ -293,6 +297,6 @@ def publish_files(staging: Path, directory: Path) -> None:
 def _by_module(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     modules: dict[str, dict[str, Any]] = {}
     for name, value in tensors.items():
-        path, _, leaf = name.removeprefix(KEY_PREFIX).rpartition(".")
+        path, _, leaf = plain_name(name).removeprefix(KEY_PREFIX).rpartition(".")
         modules.setdefault(path, {})[leaf] = value
     return modules

@@ -7,6 +7,7 @@ from torch import nn
 from preft_hf.forward.hooks import ATTRIBUTE, attachment_of
 from preft_hf.layers.block import PreftBlock
 from preft_hf.layers.linear import PreftLinear
+from preft_hf.tuner.names import plain_name, submodule, unwrapped
 from preft_hf.tuner.targets import features_of
 
 BLOCK = "preft"
@@ -14,7 +15,8 @@ BLOCK = "preft"
 
 def linear_at(model: nn.Module, name: str) -> PreftLinear:
     """Returns the adapter layer around the linear layer of this name, put there now if it is not there yet."""
-    target = model.get_submodule(name)
+    name = plain_name(name)
+    target = submodule(model, name)
     if isinstance(target, PreftLinear):
         return target
     features = features_of(target)
@@ -23,13 +25,13 @@ def linear_at(model: nn.Module, name: str) -> PreftLinear:
     layer = PreftLinear(target, features, attachment.phase).train(target.training)
     attachment.add_layer(layer)
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
+    setattr(unwrapped(submodule(model, parent)), last, layer)
     return layer
 
 
 def block_at(model: nn.Module, name: str) -> PreftBlock:
     """Returns the adapter layer inside the decoder layer of this name, put there now if it is not there yet."""
-    target = model.get_submodule(name)
+    target = unwrapped(submodule(model, plain_name(name)))
     block = target._modules.get(BLOCK)
     if isinstance(block, PreftBlock):
         return block

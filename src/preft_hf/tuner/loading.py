@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ class CheckedLoading:
         check_fingerprint(self.config, weights)
         renamed = self._renamed(weights, kwargs["load_config"].weight_mapping or [])
         check_weights(self.model, self.config, self.adapter_name, renamed)
+        # under the names that were checked, and without a second reading of the file
+        kwargs["state_dict"], kwargs["checkpoint_files"] = self._in_full(renamed), []
+        kwargs["load_config"] = replace(kwargs["load_config"], weight_mapping=[])
         # of the class, which an instance attribute hid
         return getattr(type(self.model), "_load_pretrained_model")(*args, **kwargs)  # noqa: B009
 
@@ -144,6 +148,15 @@ class CheckedLoading:
             rename_source_key(name, renamings, converters)[0].removesuffix(ending): tensor
             for name, tensor in weights.items()
         }
+
+    def _in_full(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the weights under their parameters' names in the model, wrappers' parts included."""
+        paths = {plain_name(path): path for path, _ in self.model.named_modules()}
+        full = {}
+        for name, tensor in weights.items():
+            path, _, leaf = plain_name(name).removeprefix(KEY_PREFIX).rpartition(".")
+            full[f"{paths[path]}.{leaf}.{self.adapter_name}"] = tensor
+        return full
 
 
 def _base_of(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from preft_hf.forward.hooks import attachment_of, pool_of
 from preft_hf.layers.linear import MERGE_REFUSED, PreftLayer, device_of
 from preft_hf.tuner.attach import block_at, linear_at, take_out
 from preft_hf.tuner.loading import CheckedLoading, check_weights
+from preft_hf.tuner.names import is_inside_wrapper, plain_name, unwrapped
 from preft_hf.tuner.reading import current_load, loading
 from preft_hf.tuner.targets import endings, resolve
 
@@ -40,9 +41,10 @@ class PreftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        check_model(model)
-        check_name_is_free(adapter_name, model)
-        configs = model.__dict__.get("peft_config")
+        core = unwrapped(model)
+        check_model(core)
+        check_name_is_free(adapter_name, core)
+        configs = core.__dict__.get("peft_config")
         before = None if configs is None else dict(configs)
         # PeftModel gives a dict and loads through PEFT. A bare config comes from inject_adapter_in_model, which
         # transformers calls too.
@@ -58,7 +60,12 @@ class PreftModel(BaseTuner):
                 configs.update(before)
             raise
         if bare and loaded_by_transformers:
-            CheckedLoading(model, peft_config, adapter_name).place()
+            CheckedLoading(core, peft_config, adapter_name).place()
+
+    @property
+    def core(self) -> nn.Module:
+        """The model that the adapters are attached to: inside of torch.compile's wrapper, if there is one."""
+        return unwrapped(self.model)
 
     def inject_adapter(
         self,
@@ -69,6 +76,7 @@ class PreftModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Adds an adapter to the model, after checking that name, config and model fit. See BaseTuner."""
+        model = unwrapped(model)
         config = self.peft_config[adapter_name]
         assert isinstance(config, PreftConfig)
         check_adapter_name(adapter_name, model)
@@ -97,7 +105,7 @@ class PreftModel(BaseTuner):
 
     def _mark(self, config: PreftConfig, adapter_name: str) -> None:
         """Marks an adapter whose weights are loaded next; a new one forgets the weights its config was saved with."""
-        awaiting = attachment_of(self.model).awaiting
+        awaiting = attachment_of(self.core).awaiting
         if current_load() is not None:
             awaiting.add(adapter_name)
         else:
@@ -105,7 +113,7 @@ class PreftModel(BaseTuner):
             config.from_file, config.saved_fingerprint = False, None
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return key in self._chosen
+        return plain_name(key) in self._chosen and not is_inside_wrapper(key)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -122,11 +130,11 @@ class PreftModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, PreftConfig)
         if peft_config.method == "lora":
-            layer = linear_at(self.model, current_key)
+            layer = linear_at(self.core, current_key)
             layer.add_adapter(adapter_name, peft_config)
             layer.train(layer.base_layer.training)
         else:
-            block = block_at(self.model, current_key)
+            block = block_at(self.core, current_key)
             block.add_adapter(adapter_name, peft_config, device_of(target))
             block.train(target.training)
 
@@ -136,7 +144,7 @@ class PreftModel(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
         dtype = getattr(self.model, "dtype", torch.float32)
-        for layer in attachment_of(self.model).layers:
+        for layer in attachment_of(self.core).layers:
             for leaf in layer.adapter_layer_names:
                 parameters = getattr(layer, leaf)
                 if adapter_name in parameters:
@@ -147,20 +155,26 @@ class PreftModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         assert isinstance(config, PreftConfig)
+        state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
         check_weights(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Returns the name that a weight is saved under; PEFT inverts this to load it."""
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with attachment_of(self.model).routing.declare(kwargs.get("adapter_names")):
+        with attachment_of(self.core).routing.declare(kwargs.get("adapter_names")):
             yield
 
     def unload(self) -> nn.Module:
         """Returns the base model as it was: layers, hooks and generate."""
-        if pool_of(self.model) is not None:
+        if pool_of(self.core) is not None:
             raise ValueError("unload: the model has a PreftPool in the same layers: close() the pool first")
-        take_out(self.model)
-        self.model.__dict__.pop("peft_config", None)
+        take_out(self.core)
+        self.core.__dict__.pop("peft_config", None)
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:

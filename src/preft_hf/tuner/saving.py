@@ -20,7 +20,7 @@ from preft_hf.config import PreftConfig
 from preft_hf.layers.block import PreftBlock
 from preft_hf.tuner.attach import BLOCK
 from preft_hf.tuner.loading import layers_with
-from preft_hf.tuner.names import plain_name
+from preft_hf.tuner.names import unwrapped
 from preft_hf.tuner.resized import warn_of_resized
 from preft_hf.tuner.targets import resolve
 
@@ -177,12 +177,12 @@ def check_configs(model: PeftModel, names: list[str]) -> None:
             changed after its adapter was made would be saved with weights that no model loads.
     """
     faults = []
-    base = model.get_base_model()
+    base = unwrapped(model.get_base_model())
     for name in names:
         config = model.peft_config[name]
         assert isinstance(config, PreftConfig)
         suffix = "" if config.method == "lora" else f".{BLOCK}"
-        wanted = {plain_name(path) + suffix for path in resolve(config, base)}
+        wanted = {path + suffix for path in resolve(config, base)}
         layers = layers_with(base, name)
         described = f"adapter {name!r} has"
         if surplus := sorted(layers.keys() - wanted):

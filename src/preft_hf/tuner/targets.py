@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from preft_hf.config import PreftConfig
+from preft_hf.tuner.names import is_inside_wrapper, plain_name, submodule
 
 # These models read the weight of these layers past the module, always or in fused kernels, so an adapter there would
 # be skipped.
@@ -43,6 +44,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     num_layers = getattr(text_config, "num_hidden_layers", None)
     inner = _decoder(model)
     for name, module in model.named_modules():
+        name = plain_name(name)
         in_decoder = name == inner or name.startswith(inner + ".") or not inner
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and in_decoder:
             return {f"{name}.{i}": layer for i, layer in enumerate(module)}
@@ -61,7 +63,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if (name.startswith(inside) and inside) or is_inside_wrapper(name):
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, name + ".")
@@ -72,7 +74,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
             and features_of(module) is not None
             and not re.search(r"(^|\.)experts\.", name)
         ):
-            found[name] = module
+            found[plain_name(name)] = module
     return found
 
 
@@ -93,7 +95,7 @@ def features_of(module: nn.Module | BaseTunerLayer) -> tuple[int, int] | None:
 
 
 def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
-    """Returns the names of the modules that the adapter goes on, in the model's order.
+    """Returns the names of the modules that the adapter goes on, in the model's order, without wrappers' parts.
 
     Raises:
         ValueError: an entry of target_modules, exclude_modules or layers_to_transform matches nothing, or matches
@@ -140,7 +142,7 @@ def _decoder(model: nn.Module) -> str:
     if decoder is model.get_output_embeddings():
         # transformers takes what is called `decoder`, which in ModernBERT decoders is the head
         decoder = model.base_model
-    return next((name for name, module in model.named_modules() if module is decoder), "")
+    return next((plain_name(name) for name, module in model.named_modules() if module is decoder), "")
 
 
 def _chosen_layers(config: PreftConfig, model: nn.Module, faults: list[str]) -> dict[str, nn.Module] | None:
@@ -190,12 +192,12 @@ def _refusal(name: str, model: nn.Module, decoder: str) -> str | None:
     """Returns why the layer cannot be adapted, None if it can."""
     if isinstance(model, PreTrainedModel):
         head = model.get_output_embeddings()
-        if head is not None and model.get_submodule(name) is head:
+        if head is not None and submodule(model, name) is head:
             return "is the output embedding, which sees only the last tokens of a prompt: leave it out"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if name.rpartition(".")[2] in READ_PAST_THE_MODULE.get(str(model_type), ()):
         return f"is read past its module by {model_type}, so its adapter would be skipped: leave it out"
-    kind = type(model.get_submodule(name))
+    kind = type(submodule(model, name))
     own_forward = issubclass(kind, nn.Linear) and kind.forward is not nn.Linear.forward
     if own_forward and kind.__module__.startswith("transformers.models.") and kind.__name__ not in STILL_LINEAR:
         return f"is a {kind.__name__}, which computes something else than a linear layer does: leave it out"
