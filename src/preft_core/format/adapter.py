@@ -192,12 +192,10 @@ def fingerprint(config: Facts, tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint_fault(actual: str, saved: str | None) -> str:
-    """Returns the error message for an adapter whose fingerprint is not the one in its config."""
-    return (
-        f"config and weights have fingerprint {actual} and {CONFIG_NAME} says {saved}: method, r, lora_alpha or "
-        "use_rslora was edited, the weights were changed, or the save was interrupted; save or download the adapter "
-        "again, or, if you edited it on purpose, set its fingerprint to null"
-    )
+    """Returns the message for an adapter whose fingerprint is not its config's."""
+    edited = "method, r, lora_alpha or use_rslora was edited, the weights were changed, or the save was interrupted"
+    remedy = "save or download the adapter again, or, if you edited it on purpose, set its fingerprint to null"
+    return f"the fingerprint is {actual} and {CONFIG_NAME} says {saved}: {edited}; {remedy}"
 
 
 def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter:

@@ -15,10 +15,11 @@ from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.forward.hooks import attachment_of, pool_of
 from preft_hf.layers.linear import MERGE_REFUSED, PreftLayer, device_of
 from preft_hf.tuner.attach import block_at, linear_at, take_out
+from preft_hf.tuner.experts import check_experts
 from preft_hf.tuner.loading import CheckedLoading, check_weights
 from preft_hf.tuner.names import is_inside_wrapper, plain_name, unwrapped
 from preft_hf.tuner.reading import current_load, loading
-from preft_hf.tuner.targets import endings, resolve
+from preft_hf.tuner.targets import endings, linear_layers, resolve
 
 
 class PreftModel(BaseTuner):
@@ -88,6 +89,8 @@ class PreftModel(BaseTuner):
             raise ValueError(
                 "state_dict is not supported for PreFT adapters: pass the config alone, then load weights"
             )
+        if current_load() is None:
+            check_experts(config, model, linear_layers(model))
         chosen = resolve(config, model)
         if config.revision is None and not config.from_file:
             # the commit of a base model that came from the Hub, so that the adapter finds the same weights again

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from preft_hf.config import PreftConfig
+from preft_hf.tuner.experts import expert_weights, is_expert
 from preft_hf.tuner.names import is_inside_wrapper, plain_name, submodule
 
 # These models read the weight of these layers past the module, always or in fused kernels, so an adapter there would
@@ -57,8 +58,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns every layer that a LoRA-P adapter could go on, by name: it reports its widths and is no adapter's part.
 
-    Linear layers inside a list of experts are left out: an expert sees its tokens in an order of its own, so it
-    cannot tell prompt tokens from others.
+    Experts are left out: each sees its tokens in the order of its router, so it cannot tell prompt tokens from others.
     """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
@@ -69,11 +69,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
             inside = (*inside, name + ".")
             if not hasattr(module, "base_layer"):
                 continue
-        if (
-            isinstance(module, nn.Module)
-            and features_of(module) is not None
-            and not re.search(r"(^|\.)experts\.", name)
-        ):
+        if isinstance(module, nn.Module) and features_of(module) is not None and not is_expert(name):
             found[plain_name(name)] = module
     return found
 
@@ -108,9 +104,8 @@ def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
         return list(layers or {})
     linears, decoder = linear_layers(model), _decoder(model)
     wanted = _wanted(config, model, linears, decoder, faults)
-    excluded = (
-        _matching(config.exclude_modules, "exclude_modules", linears, faults) if config.exclude_modules else set()
-    )
+    known = dict.fromkeys([*linears, *expert_weights(model)], model)
+    excluded = _matching(config.exclude_modules, "exclude_modules", known, faults) if config.exclude_modules else set()
     refused = {name: reason for name in wanted if (reason := _refusal(name, model, decoder)) and name not in excluded}
     if refused:
         faults.append("; ".join(f"{name} {reason}" for name, reason in sorted(refused.items())[:5]))

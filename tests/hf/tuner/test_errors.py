@@ -222,15 +222,6 @@ def test_layers_that_see_reordered_tokens_are_refused_in_mixed_forwards():
         model(input_ids=ids, labels=ids.masked_fill(torch.arange(9) < 4, -100))
 
 
-def test_experts_are_left_out_and_refused_by_name():
-    base = make_base()
-    layer = base.model.layers[0].mlp
-    layer.experts = nn.ModuleList([nn.Linear(32, 32)])
-    with pytest.raises(ValueError, match="matches no linear layer"):
-        get_peft_model(base, PreftConfig(target_modules=["experts.0"]))
-    assert not any("experts" in name for name, _ in make_preft(base).named_parameters() if "preft" in name)
-
-
 def test_layers_read_past_the_module_are_left_out_and_refused_by_name():
     base = make_base("falcon_h1")
     with pytest.raises(ValueError, match=r"out_proj is read past its module by falcon_h1"):
