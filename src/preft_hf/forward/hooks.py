@@ -136,7 +136,8 @@ class Attachment:
         self.phase.reached = self._thread.owners = None
         if phase is False:
             return
-        if not self._checked_reach and not self.boundary.drafting:
+        # the layers of DataParallel's replicas are copies, which this attachment does not know
+        if not (self._checked_reach or self.boundary.drafting or getattr(module, "_is_replica", False)):
             self.phase.reached = set()
         if module.training or isinstance(adapters, PackedAdapters) or values.get("use_cache") is False:
             return

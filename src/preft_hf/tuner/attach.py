@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+from peft.utils import resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from preft_hf.forward.hooks import ATTRIBUTE, attachment_of
 from preft_hf.layers.block import PreftBlock
@@ -23,6 +25,10 @@ def linear_at(model: nn.Module, name: str) -> PreftLinear:
     assert features is not None
     attachment = attachment_of(model)
     layer = PreftLinear(target, features, attachment.phase).train(target.training)
+    linear = layer.get_base_layer()
+    if type(linear) not in (nn.Linear, Conv1D) or type(linear.weight) is not nn.Parameter:
+        # for PEFT's get_base_weight and reports; what torchao wants besides is for merging
+        layer.quantization_backend = resolve_quantization_backend(linear, get_apply_tensor_subclass=lambda: None)
     attachment.add_layer(layer)
     parent, _, last = name.rpartition(".")
     setattr(unwrapped(submodule(model, parent)), last, layer)

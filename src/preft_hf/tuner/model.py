@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.forward.hooks import attachment_of, pool_of
-from preft_hf.layers.linear import MERGE_REFUSED, PreftLayer, device_of
-from preft_hf.tuner.attach import block_at, linear_at, take_out
+from preft_hf.layers.linear import MERGE_REFUSED, PreftLayer, PreftLinear, device_of
+from preft_hf.tuner.attach import BLOCK, block_at, linear_at, take_out
 from preft_hf.tuner.experts import check_experts
-from preft_hf.tuner.loading import CheckedLoading, check_weights
-from preft_hf.tuner.names import is_inside_wrapper, plain_name, unwrapped
+from preft_hf.tuner.loading import CheckedLoading, check_weights, layers_with
+from preft_hf.tuner.names import is_inside_wrapper, plain_name, submodule, unwrapped
 from preft_hf.tuner.reading import current_load, loading
 from preft_hf.tuner.targets import endings, linear_layers, resolve
 
@@ -142,12 +142,13 @@ class PreftModel(BaseTuner):
             block.train(target.training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leaves the adapter in float32, or casts it to the base model's dtype if autocast_adapter_dtype is False."""
+        """Leaves the adapter in float32, or casts it to each layer's dtype if autocast_adapter_dtype is False."""
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        dtype = getattr(self.model, "dtype", torch.float32)
-        for layer in attachment_of(self.core).layers:
+        for path, layer in layers_with(self.core, adapter_name).items():
+            block = path.removesuffix(f".{BLOCK}")
+            dtype = _dtype_of(layer if isinstance(layer, PreftLinear) else submodule(self.core, block))
             for leaf in layer.adapter_layer_names:
                 parameters = getattr(layer, leaf)
                 if adapter_name in parameters:
@@ -195,6 +196,13 @@ class PreftModel(BaseTuner):
         )
 
 
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """Returns the dtype of a layer's own weights; float32 where none of them is a floating-point one."""
+    own = (parameter.dtype for name, parameter in module.named_parameters() if "preft_" not in name)
+    quantised = getattr(getattr(module, "base_layer", None), "compute_dtype", None)
+    return next((dtype for dtype in own if dtype.is_floating_point), quantised or torch.float32)
+
+
 def check_model(model: nn.Module) -> None:
     """Raises a ValueError if the model is no decoder-only language model, or is one inside a PeftModel."""
     kind = type(model).__name__
@@ -209,11 +217,27 @@ def check_model(model: nn.Module) -> None:
             "...ForCausalLM ones; use LoRA here"
         )
     config = getattr(model, "config", None)
+    if _reads_both_ways(model):
+        raise ValueError(
+            f"{kind} reads its text in both directions (config.is_decoder is False), so a prompt's tokens depend on "
+            "the response: PreFT adapts decoder-only language models; load it with is_decoder=True and a language "
+            "model head (AutoModelForCausalLM), or use LoRA here"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{kind} is an encoder-decoder model, whose prompt and response go through different "
             "halves: PreFT adapts decoder-only language models; use LoRA here"
         )
+
+
+def _reads_both_ways(model: nn.Module) -> bool:
+    """Returns True for encoders such as BERT, whose config says whether they are used as decoders."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or getattr(config, "is_encoder_decoder", False):
+        return False
+    # GPT-NeoX has the flag too, and is a decoder whatever it says
+    is_flagged = getattr(config, "is_decoder", None) is False and not str(config.model_type).startswith("gpt_neox")
+    return is_flagged and not any(getattr(module, "is_causal", None) is True for module in model.modules())
 
 
 def check_name_is_free(adapter_name: str, model: nn.Module) -> None:

@@ -8,7 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTokenClassification,
+)
 
 from preft_hf import PrefillMaskCollator, PreftConfig, PreftPool, expand_turns, preft_phase
 from preft_hf.forward.caches import cache_argument, cache_of
@@ -279,6 +286,17 @@ def test_models_that_generate_nothing(kind):
     )
     with pytest.raises(ValueError, match=r"BertFor\w+ generates no text.*use LoRA"):
         get_peft_model(kind.from_config(config), PreftConfig())
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_models_that_read_in_both_directions(family, kind):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(family, **sizes, vocab_size=32)
+    with pytest.raises(ValueError, match=r"reads its text in both directions.*is_decoder=True.*use LoRA"):
+        get_peft_model(kind.from_config(config), PreftConfig())
+    config.is_decoder = True
+    get_peft_model(AutoModelForCausalLM.from_config(config), PreftConfig())
 
 
 def offloaded(model):
