@@ -69,7 +69,7 @@ def check_present(place: str | os.PathLike[str], subfolder: str | None = None) -
         AdapterError: it has none.
     """
     directory = Path(place, subfolder or "")
-    if _is_preft(directory) and not (directory / WEIGHTS_NAME).is_file():
+    if is_preft(directory) and not (directory / WEIGHTS_NAME).is_file():
         read_adapter(directory)
 
 
@@ -93,14 +93,14 @@ def checked_weights(read: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(read)
     def safe_load_file(filename: str | os.PathLike[str], device: Any = "cpu") -> dict[str, Tensor]:
         directory = Path(filename).parent
-        if Path(filename).name != WEIGHTS_NAME or not _is_preft(directory):
+        if Path(filename).name != WEIGHTS_NAME or not is_preft(directory):
             return read(filename, device=device)
         return {name: tensor.to(device) for name, tensor in read_adapter(directory).tensors.items()}
 
     return safe_load_file
 
 
-def _is_preft(directory: Path) -> bool:
+def is_preft(directory: Path) -> bool:
     """True for a local directory whose config names our PEFT type."""
     file = directory / CONFIG_NAME
     if not file.is_file():

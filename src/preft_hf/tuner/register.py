@@ -14,7 +14,7 @@ from preft_hf.config import PreftConfig, PreftType
 from preft_hf.tuner.model import PreftModel
 from preft_hf.tuner.pending import checked_and_undone_on_failure, made_or_undone, undone_on_failure
 from preft_hf.tuner.reading import checked_config, checked_weights
-from preft_hf.tuner.saving import push_in_one_commit, save_in_one_step
+from preft_hf.tuner.saving import card_kept, push_in_one_commit, save_in_one_step
 
 _ORIGINAL = "__preft_original__"
 _TABLES: tuple[tuple[dict[Any, Any], Any], ...] = (
@@ -64,6 +64,11 @@ PATCHES = (
         "transformers.integrations.peft:PeftAdapterMixin.load_adapter",
         undone_on_failure,
         "The same; and transformers only logs missing and unexpected weights.",
+    ),
+    Patch(
+        "huggingface_hub.repocard:RepoCard.save",
+        card_kept,
+        "Trainer and TRL write a card without the import line over the one that was saved beside the adapter.",
     ),
     Patch(
         "peft.config:PeftConfigMixin.from_json_file",

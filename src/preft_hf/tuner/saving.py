@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import RepoCard
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
-from preft_core.format.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
+from preft_core.format.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter, publish_files, write_config
 from preft_core.format.staging import staging_in
-from preft_core.hub.card import CARD_NAME, model_card, read_card
+from preft_core.hub.card import CARD_NAME, model_card, read_card, tags_of
 from preft_core.hub.push_pull import Pushed, push_adapter
 from preft_hf.config import PreftConfig
 from preft_hf.layers.block import PreftBlock
 from preft_hf.tuner.attach import BLOCK
 from preft_hf.tuner.loading import layers_with
 from preft_hf.tuner.names import unwrapped
+from preft_hf.tuner.reading import is_preft
 from preft_hf.tuner.resized import warn_of_resized
 from preft_hf.tuner.targets import resolve
 
@@ -122,6 +124,29 @@ def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
     return save_pretrained
 
 
+def card_kept(save: Callable[..., None]) -> Callable[..., None]:
+    """Trainers write their own card over the one that says how a PreFT adapter is loaded: both are merged."""
+
+    @functools.wraps(save)
+    def save_card(self: RepoCard, filepath: str | Path) -> None:
+        card = Path(filepath)
+        if card.name != CARD_NAME or not is_preft(card.parent) or not (card.parent / WEIGHTS_NAME).exists():
+            save(self, filepath)
+            return
+        try:
+            # PEFT's create_or_update_model_card drops the tags of the card that is there
+            tags = tags_of(read_card(card))
+            save(self, filepath)
+            text = model_card(load_adapter(card.parent), read_card(card), tags=tags)
+        except ValueError as error:
+            warnings.warn(f"{card} does not say how its PreFT adapter is loaded: {error}", stacklevel=2)
+            save(self, filepath)
+            return
+        card.write_text(text, encoding="utf-8")
+
+    return save_card
+
+
 def _check_save(directory: str, safe_serialization: bool, embeddings: str | bool, others: dict[str, Any]) -> None:
     faults = []
     if Path(directory).is_file():
@@ -216,7 +241,10 @@ def _publish(staging: Path, directory: Path, names: list[str]) -> None:
         write_config(staging / folder, config)
         if folder == folders[0]:
             try:
-                card.write_text(model_card(adapter, read_card(directory / CARD_NAME)), encoding="utf-8")
+                # PEFT's card has the tags of transformers and of the trainer
+                tags = tags_of(read_card(card))
+                text = model_card(adapter, read_card(directory / CARD_NAME), tags=tags)
+                card.write_text(text, encoding="utf-8")
             except ValueError as error:
                 # what was trained for hours is not lost for a text beside it
                 warnings.warn(f"the adapter is saved, and the card beside it is left as it is: {error}", stacklevel=2)
