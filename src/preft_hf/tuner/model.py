@@ -105,6 +105,9 @@ class PreftModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         finally:
             config.target_modules, config.exclude_modules = targets, saved
+        layers = layers_with(model, adapter_name).values()
+        if any(layer.preft_A[adapter_name].is_meta for layer in layers) and not _is_offloaded(model):
+            attachment_of(model).awaiting.add(adapter_name)
 
     def _mark(self, config: PreftConfig, adapter_name: str) -> None:
         """Marks an adapter whose weights are loaded next; a new one forgets the weights its config was saved with."""
@@ -194,6 +197,11 @@ class PreftModel(BaseTuner):
         raise ValueError(
             "PreFT adapters cannot be combined into a weighted one: keep them apart, or train one adapter on both data"
         )
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Returns True where weights of the base model are on the meta device too."""
+    return any(parameter.is_meta for name, parameter in model.named_parameters() if ".preft_" not in name)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

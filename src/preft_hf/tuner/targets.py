@@ -32,6 +32,10 @@ READ_PAST_THE_MODULE = {
 STILL_LINEAR = {"FalconLinear"}
 
 
+MAX_SHOWN = 10
+"""Of faults of one kind, in an error."""
+
+
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the decoder layers of a language model in order, by name.
 
@@ -150,7 +154,10 @@ def _chosen_layers(config: PreftConfig, model: nn.Module, faults: list[str]) -> 
     assert isinstance(config.layers_to_transform, list)
     outside = [i for i in config.layers_to_transform if i >= len(names)]
     if outside:
-        faults.append(f"layers_to_transform has {outside}: the model's decoder layers are 0 to {len(names) - 1}")
+        more = f" and {len(outside) - MAX_SHOWN} more" if len(outside) > MAX_SHOWN else ""
+        faults.append(
+            f"layers_to_transform has {outside[:MAX_SHOWN]}{more}: the decoder layers are 0 to {len(names) - 1}"
+        )
     return {names[i]: layers[names[i]] for i in config.layers_to_transform if i < len(names)}
 
 
@@ -168,7 +175,7 @@ def _matching(entries: list[str] | str, field: str, linears: dict[str, nn.Module
         matched = {name for name in linears if re.fullmatch(entries, name)}
         if not matched:
             faults.append(
-                f"{field} {entries!r} matches no linear layer; it has to match whole names such as {_some(linears)}"
+                f"{field} {entries[:200]!r} matches no linear layer: match whole names such as {_some(linears)}"
             )
         return matched
     matched = set()
@@ -178,7 +185,7 @@ def _matching(entries: list[str] | str, field: str, linears: dict[str, nn.Module
             last = sorted({name.rpartition(".")[2] for name in linears})
             close = get_close_matches(entry, last, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the model has {', '.join(last)}"
-            faults.append(f"{field} entry {entry!r} matches no linear layer ({hint})")
+            faults.append(f"{field} entry {entry[:100]!r} matches no linear layer ({hint})")
         matched |= hits
     return matched
 
@@ -210,4 +217,5 @@ def _some(linears: dict[str, nn.Module]) -> str:
 
 def _raise(faults: list[str]) -> None:
     if faults:
-        raise ValueError("PreftConfig does not fit the base model: " + "; ".join(faults))
+        more = f"; and {len(faults) - MAX_SHOWN} more" if len(faults) > MAX_SHOWN else ""
+        raise ValueError("PreftConfig does not fit the base model: " + "; ".join(faults[:MAX_SHOWN]) + more)
