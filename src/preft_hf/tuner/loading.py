@@ -49,9 +49,9 @@ def expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, dict[str, 
 
 
 def check_weights(model: nn.Module, config: PreftConfig, adapter_name: str, weights: Mapping[str, Tensor]) -> None:
-    """Checks a state dict, in the names of the model's modules, against the adapter in the model; then lets it run.
+    """Checks a state dict, under the names of the model's modules, against the adapter in the model; then enables it.
 
-    This is the gate for every way to load an adapter.
+    Every way to load an adapter comes through here.
 
     Raises:
         AdapterError: missing, unexpected or mis-shaped weights, values that are not finite, or weights that are not
@@ -68,7 +68,7 @@ def check_weights(model: nn.Module, config: PreftConfig, adapter_name: str, weig
 
 
 def check_fingerprint(config: PreftConfig, weights: Mapping[str, Tensor]) -> None:
-    """Checks weights under the names of their file against the fingerprint that the config was saved with, once.
+    """Checks weights, under their names in the file, against the fingerprint in their config. Checks once.
 
     Raises:
         AdapterError: config and weights were not saved together.
@@ -83,7 +83,7 @@ def check_fingerprint(config: PreftConfig, weights: Mapping[str, Tensor]) -> Non
 
 
 def differences(saved: PreftConfig | AdapterConfig, config: PreftConfig) -> str:
-    """Returns in which facts a saved adapter computes another function than a config says; "" if in none."""
+    """Returns where a saved adapter computes another function than a config describes; "" if nowhere."""
     return "; ".join(
         f"{name} is {getattr(saved, name)!r} there and {getattr(config, name)!r} here"
         for name in ("method", "r", "lora_alpha", "use_rslora")
@@ -92,7 +92,7 @@ def differences(saved: PreftConfig | AdapterConfig, config: PreftConfig) -> str:
 
 
 class CheckedLoading:
-    """Stands in, once, for a model's `_load_pretrained_model`: checks an adapter's weights, then loads them.
+    """Replaces a model's `_load_pretrained_model` for one call: checks an adapter's weights, then loads them.
 
     transformers' load_adapter itself only logs missing and unexpected weights.
     """
@@ -111,18 +111,18 @@ class CheckedLoading:
         check_fingerprint(self.config, weights)
         renamed = self._renamed(weights, kwargs["load_config"].weight_mapping or [])
         check_weights(self.model, self.config, self.adapter_name, renamed)
-        # under the names that were checked, and without a second reading of the file
+        # under the names that were checked, without reading the file again
         kwargs["state_dict"], kwargs["checkpoint_files"] = self._in_full(renamed), []
         kwargs["load_config"] = replace(kwargs["load_config"], weight_mapping=[])
-        # of the class, which an instance attribute hid
+        # the class's own method
         return getattr(type(self.model), "_load_pretrained_model")(*args, **kwargs)  # noqa: B009
 
     def place(self) -> None:
-        """Puts itself in the place of the model's method."""
+        """Replaces the model's method."""
         self.model.__dict__["_load_pretrained_model"] = self
 
     def remove(self) -> None:
-        """Gives the model its method back."""
+        """Restores the model's method."""
         self.model.__dict__.pop("_load_pretrained_model", None)
 
     def _read(self, files: list[str]) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class CheckedLoading:
 
     def _renamed(self, weights: Mapping[str, Tensor], mapping: list[Any]) -> dict[str, Tensor]:
         """Returns the weights under the names that transformers loads them by, without the adapter's name."""
-        # a copy: transforms note that they were used
+        # a copy, because transforms record that they were used
         mapping = copy.deepcopy(mapping)
         renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, WeightConverter)]

@@ -1,4 +1,4 @@
-"""PreftModel: puts the adapter layers and hooks into a base model, and takes them out again."""
+"""PreftModel: adds adapter layers and hooks to a base model, and removes them."""
 
 import re
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ from preft_hf.tuner.targets import endings, linear_layers, resolve
 class PreftModel(BaseTuner):
     """A base model with PreFT adapters, as PEFT's `get_peft_model` and `PeftModel.from_pretrained` make it.
 
-    LoRA-P adapters wrap linear layers, DiReFT-P and LoReFT adapters become a child of decoder layers; several
-    adapters, of different methods too, live side by side. A hook on the base model decides which tokens of each
-    forward are prefill, and its `generate` adapts the prompt only. See arXiv 2605.14217.
+    LoRA-P adapters wrap linear layers; DiReFT-P and LoReFT adapters become a child of decoder layers. A model can have
+    several adapters, of different methods too. A hook on the base model decides which tokens of each forward are
+    prefill, and its `generate` adapts the prompt only. See arXiv 2605.14217.
     """
 
     prefix = "preft_"
@@ -65,7 +65,7 @@ class PreftModel(BaseTuner):
 
     @property
     def core(self) -> nn.Module:
-        """The model that the adapters are attached to: inside of torch.compile's wrapper, if there is one."""
+        """The model that the adapters are attached to, inside torch.compile's wrapper if there is one."""
         return unwrapped(self.model)
 
     def inject_adapter(
@@ -93,13 +93,13 @@ class PreftModel(BaseTuner):
             check_experts(config, model, linear_layers(model))
         chosen = resolve(config, model)
         if config.revision is None and not config.from_file:
-            # the commit of a base model that came from the Hub, so that the adapter finds the same weights again
+            # the commit of a base model from the Hub, so that the adapter is loaded on the same weights
             config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         self._chosen = set(chosen)
         saved = config.exclude_modules
         targets = endings(chosen, model) if config.target_modules == "all-linear" else config.target_modules
         self._mark(config, adapter_name)
-        # Names are resolved here, with an error where PEFT warns.
+        # resolved above, with an error where PEFT warns
         config.target_modules, config.exclude_modules = targets, None
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -195,7 +195,7 @@ class PreftModel(BaseTuner):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "PreFT adapters cannot be combined into a weighted one: keep them apart, or train one adapter on both data"
+            "PreFT adapters cannot be combined into a weighted one: activate both, or train one adapter on all data"
         )
 
 
@@ -212,11 +212,11 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises a ValueError if the model is no decoder-only language model, or is one inside a PeftModel."""
+    """Raises a ValueError if the model is not a decoder-only language model, or is a PeftModel."""
     kind = type(model).__name__
     if isinstance(model, (PeftModel, PeftMixedModel)):
         raise ValueError(
-            f"the model is a {kind}: give model.get_base_model(), which keeps the adapters of the {kind} in its layers"
+            f"the model is a {kind}: pass model.get_base_model(), which keeps the adapters of the {kind} in its layers"
         )
     classifies = isinstance(model, PreTrainedModel) and not model.can_generate() and not kind.endswith("ForCausalLM")
     if classifies and "For" in kind:
@@ -249,18 +249,17 @@ def _reads_both_ways(model: nn.Module) -> bool:
 
 
 def check_name_is_free(adapter_name: str, model: nn.Module) -> None:
-    """Raises a ValueError if the model's layers have an adapter of this name, which a new one would half replace."""
+    """Raises a ValueError if the model has an adapter of this name, which a new one would replace in part."""
     taken = [module for module in model.modules() if isinstance(module, PreftLayer) and adapter_name in module.preft_A]
     if taken:
         raise ValueError(
             f"adapter name {adapter_name!r} is taken: {len(taken)} layers of the model have an adapter of this name; "
-            f"choose another adapter_name, call delete_adapter({adapter_name!r}), or take all adapters off with "
-            "unload() first"
+            f"choose another adapter_name, or call delete_adapter({adapter_name!r}) or unload() first"
         )
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    """Raises if an adapter's name would be mistaken for a part of a weight's name.
+    """Checks that an adapter's name cannot be mistaken for a part of a weight's name.
 
     Weights are called `<module path>.preft_A.<adapter name>`, and PEFT and transformers find an adapter's weights by
     looking for its name between the dots.

@@ -25,7 +25,7 @@ _HUB_OPTIONS = {"subfolder", *inspect.signature(hf_hub_download).parameters} - {
 
 
 def undone_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' load_adapter makes the adapter first; if its weights are refused, it must be removed again."""
+    """transformers' load_adapter adds the adapter before it reads the weights; if these are refused, it is removed."""
 
     @functools.wraps(load)
     def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ def undone_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def checked_and_undone_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT's load_adapter makes the adapter first, and over an adapter that is there it loads without its config."""
+    """PEFT's load_adapter does the same, and loads over an existing adapter without reading the saved config."""
 
     @functools.wraps(load)
     def load_adapter(self: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any):
@@ -62,7 +62,7 @@ def checked_and_undone_on_failure(load: Callable[..., Any]) -> Callable[..., Any
 
 
 def made_or_undone(make: Callable[..., Any]) -> Callable[..., Any]:
-    """PeftModel.from_pretrained makes the adapter first; if its weights are refused, it must be removed again."""
+    """PeftModel.from_pretrained adds the adapter before it reads the weights; if these are refused, it is removed."""
 
     @functools.wraps(make)
     def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
@@ -73,7 +73,7 @@ def made_or_undone(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _over(model: PeftModel, adapter_name: str, place: str, faults: str) -> str:
-    """Returns why a saved adapter is not loaded into one that is there, or that was made from a given config."""
+    """Returns why a saved adapter cannot be loaded over an existing one, or with the config that was given."""
     if adapter_name in attachment_of(_core(model)).awaiting:
         return f"{place} cannot be loaded with this config: {faults}; leave config out"
     return (
@@ -83,13 +83,13 @@ def _over(model: PeftModel, adapter_name: str, place: str, faults: str) -> str:
 
 
 def _core(model: nn.Module) -> nn.Module:
-    """Returns the model that adapters are attached to, of a PeftModel, a compiled model, or the model itself."""
+    """Returns the model that adapters are attached to: inside a PeftModel or a compiled model, or the model itself."""
     return unwrapped(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 @dataclass(frozen=True)
 class _Before:
-    """What loading an adapter changes in a base model besides adding the adapter, as it was before."""
+    """The state of a base model before a load: what loading an adapter changes besides adding it."""
 
     adapters: set[str]
     configs: dict[str, Any] | None

@@ -1,7 +1,4 @@
-"""Reads adapters' files for PEFT and transformers with preft_core's checks, before anything else reads them.
-
-load in progress -> `Load`, a context variable -> the fingerprint of the file that was read
-"""
+"""Reads adapter files for PEFT and transformers with the checks of preft_core, before anything else reads them."""
 
 import functools
 import os
@@ -33,7 +30,7 @@ class Load:
 
 
 def current_load() -> Load | None:
-    """Returns the load in progress: adapters that are made during one get saved weights next, and are not new."""
+    """Returns the load in progress. Adapters that are made during one get saved weights next."""
     return _LOAD.get()
 
 
@@ -74,12 +71,17 @@ def check_present(place: str | os.PathLike[str], subfolder: str | None = None) -
 
 
 def checked_config(read: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT reads any JSON: a list, a key twice, fields of a wrong type; and drops fields that it does not know."""
+    """PEFT accepts any JSON as a config, such as a list or a wrong type, and drops fields that it does not know."""
 
     @functools.wraps(read)
     def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
-        data = parse_json(read_limited(Path(path_json_file), MAX_CONFIG_BYTES), str(path_json_file))
-        if not isinstance(data, Mapping) or data.get("peft_type") in (None, PreftType.PREFT.value):
+        try:
+            data = parse_json(read_limited(Path(path_json_file), MAX_CONFIG_BYTES), str(path_json_file))
+        except AdapterError as error:
+            return _of_another_method(functools.partial(read, cls, path_json_file, **kwargs), error)
+        # a field of PREFT alone
+        untyped = isinstance(data, Mapping) and "peft_type" not in data and "format_version" in data
+        if untyped or not isinstance(data, Mapping) or data.get("peft_type") == PreftType.PREFT.value:
             with _named(Path(path_json_file).parent):
                 parse_config(data)
         return read(cls, path_json_file, **kwargs)
@@ -87,8 +89,19 @@ def checked_config(read: Callable[..., Any]) -> Callable[..., Any]:
     return from_json_file
 
 
+def _of_another_method(read: Callable[[], Any], error: AdapterError) -> Any:
+    """Returns a config that PEFT reads and preft_core does not, if it names another type; else raises the error."""
+    try:
+        data = read()
+    except (ValueError, TypeError, OSError, RecursionError):
+        raise error from None
+    if isinstance(data, Mapping) and data.get("peft_type") not in (None, PreftType.PREFT.value):
+        return data
+    raise error
+
+
 def checked_weights(read: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT reads weights without looking at their config, and a damaged file gives safetensors' bare errors."""
+    """PEFT reads weights without their config, and a damaged file raises the bare errors of safetensors."""
 
     @functools.wraps(read)
     def safe_load_file(filename: str | os.PathLike[str], device: Any = "cpu") -> dict[str, Tensor]:
@@ -101,7 +114,7 @@ def checked_weights(read: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_preft(directory: Path) -> bool:
-    """True for a local directory whose config names our PEFT type."""
+    """Returns True for a local directory whose config names the type PREFT."""
     file = directory / CONFIG_NAME
     if not file.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Saving and pushing adapters: all files or none, with a fingerprint and our model card."""
+"""Saves and pushes adapters: all files or none, with a fingerprint and a model card."""
 
 import functools
 import inspect
@@ -47,7 +47,7 @@ def push_model(
     with tempfile.TemporaryDirectory(prefix="preft-push-") as folder:
         model.save_pretrained(folder, selected_adapters=[name])
         saved = Path(folder) if name == "default" else Path(folder) / name
-        # PEFT's card says nothing that ours does not
+        # push_adapter writes the card
         (Path(folder) / CARD_NAME).unlink(missing_ok=True)
         (saved / CARD_NAME).unlink(missing_ok=True)
         return push_adapter(
@@ -62,7 +62,7 @@ def push_model(
 
 
 def push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' push writes a card that names no base model over the one that was saved."""
+    """The push_to_hub of transformers replaces the saved card with one that names no base model."""
 
     @functools.wraps(push)
     def push_to_hub(self: PeftModel, repo_id: str, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ def push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
-    """PEFT writes the weights and then the config in place, so a killed save could leave one without the other."""
+    """PEFT writes weights and then config in place: a killed save could leave one without the other."""
 
     @functools.wraps(save)
     def save_pretrained(
@@ -125,7 +125,7 @@ def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def card_kept(save: Callable[..., None]) -> Callable[..., None]:
-    """Trainers write their own card over the one that says how a PreFT adapter is loaded: both are merged."""
+    """Trainers replace the card that says how to load a PreFT adapter with their own: this merges both."""
 
     @functools.wraps(save)
     def save_card(self: RepoCard, filepath: str | Path) -> None:
@@ -134,7 +134,7 @@ def card_kept(save: Callable[..., None]) -> Callable[..., None]:
             save(self, filepath)
             return
         try:
-            # PEFT's create_or_update_model_card drops the tags of the card that is there
+            # PEFT's create_or_update_model_card drops the tags of the existing card
             tags = tags_of(read_card(card))
             save(self, filepath)
             text = model_card(load_adapter(card.parent), read_card(card), tags=tags)
@@ -164,7 +164,7 @@ def _check_save(directory: str, safe_serialization: bool, embeddings: str | bool
 
 
 def check_gathered(model: PeftModel, names: list[str], state_dict: Mapping[str, Any] | None) -> None:
-    """Checks that the weights to be saved are whole, not a process's share of them.
+    """Checks that the weights to save are complete, not one process's shard.
 
     Raises:
         ValueError: weights that are sharded or empty, or a state dict without the adapters' weights.
@@ -199,7 +199,7 @@ def check_configs(model: PeftModel, names: list[str]) -> None:
 
     Raises:
         ValueError: adapters on other modules, or with another scaling, than their configs say. A config that was
-            changed after its adapter was made would be saved with weights that no model loads.
+            changed after its adapter was made would be saved with weights that it does not describe.
     """
     faults = []
     base = unwrapped(model.get_base_model())
@@ -232,7 +232,7 @@ def check_configs(model: PeftModel, names: list[str]) -> None:
 
 
 def _publish(staging: Path, directory: Path, names: list[str]) -> None:
-    """Checks what was written, adds each adapter's fingerprint to its config, and moves all into place."""
+    """Checks the staged files, adds each adapter's fingerprint to its config, and moves all files into place."""
     card = staging / CARD_NAME
     folders = ["" if name == "default" else name for name in names]
     for folder in folders:
@@ -246,8 +246,8 @@ def _publish(staging: Path, directory: Path, names: list[str]) -> None:
                 text = model_card(adapter, read_card(directory / CARD_NAME), tags=tags)
                 card.write_text(text, encoding="utf-8")
             except ValueError as error:
-                # what was trained for hours is not lost for a text beside it
-                warnings.warn(f"the adapter is saved, and the card beside it is left as it is: {error}", stacklevel=2)
+                # a card is no reason to lose a trained adapter
+                warnings.warn(f"the adapter is saved, and its card is left as it is: {error}", stacklevel=2)
                 card.unlink(missing_ok=True)
     for folder in folders:
         (directory / folder).mkdir(exist_ok=True)

@@ -14,9 +14,8 @@ from preft_hf.config import PreftConfig
 from preft_hf.tuner.experts import expert_weights, is_expert
 from preft_hf.tuner.names import is_inside_wrapper, plain_name, submodule
 
-# These models read the weight of these layers past the module, always or in fused kernels, so an adapter there would
-# be skipped.
-READ_PAST_THE_MODULE = {
+# These models use the weights of these layers without calling the module, always or in fused kernels.
+BYPASSED = {
     "bamba": {"out_proj"},
     "falcon_h1": {"out_proj"},
     "falcon_mamba": {"x_proj", "dt_proj", "out_proj"},
@@ -28,12 +27,11 @@ READ_PAST_THE_MODULE = {
     "zamba2": {"out_proj"},
 }
 
-# The one subclass of nn.Linear among transformers' models whose forward of its own is that of a linear layer.
+# Subclasses of nn.Linear in transformers that override forward and still compute a linear layer.
 STILL_LINEAR = {"FalconLinear"}
 
-
 MAX_SHOWN = 10
-"""Of faults of one kind, in an error."""
+"""Faults of one kind that an error lists."""
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -54,13 +52,13 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and in_decoder:
             return {f"{name}.{i}": layer for i, layer in enumerate(module)}
     raise ValueError(
-        f"{type(model).__name__} has no list of {num_layers} decoder layers (config.num_hidden_layers), so an adapter "
-        'on decoder layers or layers_to_transform has no place: use method="lora" without layers_to_transform'
+        f"{type(model).__name__} has no list of {num_layers} decoder layers (config.num_hidden_layers), which "
+        'layers_to_transform and adapters on decoder layers need: use method="lora" without layers_to_transform'
     )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns every layer that a LoRA-P adapter could go on, by name: it reports its widths and is no adapter's part.
+    """Returns, by name, every layer that a LoRA-P adapter could go on: it reports its widths and is in no adapter.
 
     Experts are left out: each sees its tokens in the order of its router, so it cannot tell prompt tokens from others.
     """
@@ -126,7 +124,7 @@ def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
 
 
 def endings(chosen: Iterable[str], model: nn.Module) -> list[str]:
-    """Returns the shortest list for target_modules that names just the chosen layers: last parts, else full names."""
+    """Returns the shortest target_modules that name the chosen layers alone: last parts, else full names."""
     chosen = set(chosen)
     last = sorted({name.rpartition(".")[2] for name in chosen})
     matched = {name for name in linear_layers(model) if name.rpartition(".")[2] in last}
@@ -134,12 +132,12 @@ def endings(chosen: Iterable[str], model: nn.Module) -> list[str]:
 
 
 def _decoder(model: nn.Module) -> str:
-    """Returns the name of the text decoder inside the model; "" where the model is all there is."""
+    """Returns the name of the text decoder inside the model; "" if the model itself is the decoder."""
     if not isinstance(model, PreTrainedModel):
         return ""
     decoder = model.get_decoder()
     if decoder is model.get_output_embeddings():
-        # transformers takes what is called `decoder`, which in ModernBERT decoders is the head
+        # get_decoder returns the attribute `decoder`, which in ModernBERT decoders is the head
         decoder = model.base_model
     return next((plain_name(name) for name, module in model.named_modules() if module is decoder), "")
 
@@ -197,15 +195,15 @@ def _refusal(name: str, model: nn.Module, decoder: str) -> str | None:
         if head is not None and submodule(model, name) is head:
             return "is the output embedding, which sees only the last tokens of a prompt: leave it out"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if name.rpartition(".")[2] in READ_PAST_THE_MODULE.get(str(model_type), ()):
-        return f"is read past its module by {model_type}, so its adapter would be skipped: leave it out"
+    if name.rpartition(".")[2] in BYPASSED.get(str(model_type), ()):
+        return f"is bypassed by {model_type}, which uses its weight directly, so an adapter cannot run: leave it out"
     kind = type(submodule(model, name))
     own_forward = issubclass(kind, nn.Linear) and kind.forward is not nn.Linear.forward
     if own_forward and kind.__module__.startswith("transformers.models.") and kind.__name__ not in STILL_LINEAR:
-        return f"is a {kind.__name__}, which computes something else than a linear layer does: leave it out"
+        return f"is a {kind.__name__}, which does not compute a linear layer: leave it out"
     if decoder and not name.startswith(decoder + "."):
         return (
-            f"is outside of the text decoder {decoder}, where rows are no tokens of a prompt, as in a vision tower: "
+            f"is outside the text decoder {decoder}, as in a vision tower, where rows are not prompt tokens: "
             f'leave it out, with target_modules such as "{re.escape(decoder)}\\..*_proj" or with exclude_modules'
         )
     return None

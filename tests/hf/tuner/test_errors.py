@@ -178,7 +178,7 @@ def test_layers_that_see_reordered_tokens_are_refused_in_mixed_forwards():
 
 def test_layers_read_past_the_module_are_left_out_and_refused_by_name():
     base = make_base("falcon_h1")
-    with pytest.raises(ValueError, match=r"out_proj is read past its module by falcon_h1"):
+    with pytest.raises(ValueError, match=r"out_proj is bypassed by falcon_h1"):
         get_peft_model(base, PreftConfig(target_modules=["out_proj", "q_proj"]))
     assert "out_proj" not in make_preft(base).peft_config["default"].target_modules
 
@@ -214,7 +214,7 @@ def test_expand_turns_and_collator():
 def test_a_peft_model_as_the_base(method):
     settings = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     inner = get_peft_model(make_base(), LoraConfig(**settings), adapter_name="plain").eval()
-    with pytest.raises(ValueError, match=r"is a PeftModelForCausalLM: give model\.get_base_model\(\)"):
+    with pytest.raises(ValueError, match=r"is a PeftModelForCausalLM: pass model\.get_base_model\(\)"):
         get_peft_model(inner, PreftConfig(method=method))
     assert list(inner.peft_config) == ["plain"]
     merged = copy.deepcopy(inner).merge_and_unload()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from preft_core.format.adapter import AdapterError
@@ -133,3 +133,14 @@ def test_every_loader_says_which_file(fault, tmp_path):
 def load_into_pool(base, folder: str) -> None:
     with PreftPool.from_pretrained(base, {"bad": folder}) as pool:
         pool.preload(["bad"])
+
+
+def test_configs_of_other_methods_pass_as_before(tmp_path):
+    lora = get_peft_model(make_base(), LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path)
+    # PEFT reads both of these
+    for text in ('{"peft_type": "LORA", "r": 2, "r": 2}', '{"peft_type": "LORA", "r": 2}' + " " * (2 << 20)):
+        (tmp_path / CONFIG).write_text(text)
+        assert PeftConfig.from_pretrained(tmp_path).r == 2  # type: ignore[attr-defined]
+    (tmp_path / CONFIG).write_text('{"r": 4}')
+    assert LoraConfig.from_pretrained(str(tmp_path)).r == 4
