@@ -1,6 +1,7 @@
 """PreftConfig: the facts an adapter is saved with, checked when the config is made."""
 
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -8,12 +9,37 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from peft import PeftConfig
 
-from preft_core.format.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, config_faults
+from preft_core.format.adapter import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, AdapterConfig, config_faults
 
+_BASE_WEIGHTS = "it changes base weights, which decoding uses; use init_weights=True"
+_ONE_RANK = "an adapter has one rank and one scaling for all its modules; train two adapters and activate both"
+OF_OTHER_METHODS = {
+    "modules_to_save": "a PreFT adapter holds no modules of the base model, which all adapters of a server share; "
+    "train them into the base model first",
+    "trainable_token_indices": "a PreFT adapter holds no embeddings; train them into the base model first",
+    "init_lora_weights": "EVA and orthogonal initialisation are not implemented, and PiSSA, OLoRA, CorDA and LoftQ "
+    "change base weights, which decoding uses; use init_weights=True",
+    "eva_config": "EVA initialisation is not implemented; use init_weights=True",
+    "loftq_config": _BASE_WEIGHTS,
+    "corda_config": _BASE_WEIGHTS,
+    "lora_ga_config": _BASE_WEIGHTS,
+    "rank_pattern": _ONE_RANK,
+    "alpha_pattern": _ONE_RANK,
+    "use_dora": 'DoRA is not implemented; use method="lora"',
+    "bias": "a PreFT adapter trains no biases of the base model; leave it out",
+    "lora_bias": "LoRA-P has no bias; leave it out",
+    "target_parameters": "a PreFT adapter goes on modules, and cannot go on fused experts; use target_modules",
+    "layers_pattern": "the decoder layers are found by the model's config; leave it out",
+    "fan_in_fan_out": "it is found by the layer's type; leave it out",
+    "layer_replication": "it changes the base model, which decoding uses; leave it out",
+}
+"""Fields of PEFT's other configs that users bring along: why there is none, and what to do."""
+
+NEWER = ". If the field comes from a newer adapter_config.json, upgrade preft-hf"
 REFERENCE_NAME = "ref"
 """TRL adds an adapter of this name as its reference and means a copy of the default one; it copies by other names."""
 
@@ -24,7 +50,7 @@ class PreftType(str, Enum):
     PREFT = "PREFT"
 
 
-@dataclass
+@dataclass(repr=False)
 class PreftConfig(PeftConfig):
     """Prefill-only finetuning: an adapter acts on prompt tokens and is dropped for decoding (arXiv 2605.14217).
 
@@ -94,6 +120,23 @@ class PreftConfig(PeftConfig):
         if self.lora_alpha is None and self.method != "loreft":
             self.lora_alpha = 2 * self.r if self.method == "lora" else self.r
 
+    def __repr__(self) -> str:
+        """Returns the call that makes this config, without the fields that have their default."""
+        hidden = {"peft_type", "peft_version"}
+        changed = {one.name for one in fields(self) if getattr(self, one.name) != one.default} - hidden
+        shown = [one.name for one in fields(self) if one.name in changed | {"method"}]
+        return f"PreftConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in OF_OTHER_METHODS:
+                raise AttributeError(
+                    f"PreftConfig has no {name}, which is a field of LoRA's: EVA initialisation, X-LoRA and other "
+                    "code for LoRA do not take a PreFT adapter"
+                )
+            raise AttributeError(f"'PreftConfig' object has no attribute {name!r}")
+
     @property
     def scaling(self) -> float:
         """The factor s of the update; 1.0 for loreft."""
@@ -138,24 +181,46 @@ class PreftConfig(PeftConfig):
         return config
 
 
+def full_config(config: AdapterConfig) -> PreftConfig:
+    """Returns the config of a saved adapter as PEFT's kind of config."""
+    return PreftConfig(**{one.name: getattr(config, one.name) for one in fields(AdapterConfig)})
+
+
+def core_config(config: PreftConfig | AdapterConfig) -> AdapterConfig:
+    """Returns a config with the facts that choose an adapter's slot: method, rank and scaling."""
+    if isinstance(config, AdapterConfig):
+        return config
+    return AdapterConfig(method=config.method, r=config.r, lora_alpha=config.lora_alpha, format_version=1)
+
+
+class UnknownFieldError(TypeError, ValueError):
+    """A keyword argument that is no field: a TypeError, as of any call, and a ValueError, as of any config."""
+
+
 def _refuse_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
     """PEFT drops the config fields it does not know with a warning, and with them what the adapter means."""
 
     @functools.wraps(init)
     def checked(self: PreftConfig, *args: Any, **kwargs: Any) -> None:
         known = [f.name for f in fields(PreftConfig)]
-        faults = []
-        for name in sorted(kwargs.keys() - set(known)):
-            close = get_close_matches(name, known, n=1)
-            faults.append(f"unknown field {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
-        if faults:
-            raise ValueError(
-                f"PreftConfig: {'; '.join(faults)}; known fields are {', '.join(known)}. If the field comes from a "
-                "newer adapter_config.json, upgrade preft-hf"
-            )
+        unknown = sorted(kwargs.keys() - set(known))
+        if unknown:
+            faults = [_unknown(name, known) for name in unknown]
+            newer = "" if all(name in OF_OTHER_METHODS for name in unknown) else NEWER
+            raise UnknownFieldError(f"PreftConfig: {'; '.join(faults)}. Known fields are {', '.join(known)}{newer}")
         init(self, *args, **kwargs)
 
     return checked
 
 
+def _unknown(name: str, known: list[str]) -> str:
+    if name in OF_OTHER_METHODS:
+        return f"unknown field {name!r}: {OF_OTHER_METHODS[name]}"
+    close = get_close_matches(name, known, n=1)
+    return f"unknown field {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+
 PreftConfig.__init__ = _refuse_unknown_fields(PreftConfig.__init__)  # pyright: ignore[reportAttributeAccessIssue]
+PreftConfig.__doc__ = f"{inspect.cleandoc(PreftConfig.__doc__ or '')}\n\nArgs:\n" + "\n".join(
+    f"    {one.name} (default {one.default!r}): {one.metadata.get('help', '')}" for one in fields(PreftConfig)
+)

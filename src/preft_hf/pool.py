@@ -2,36 +2,37 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from preft_core import ops
 from preft_core.format.adapter import Adapter, AdapterConfig, AdapterError, check_shapes
+from preft_core.format.config import HubError
 from preft_core.hub.manifest import read_manifest
 from preft_core.hub.source import AdapterSource, find_adapter
 from preft_core.pool.layout import Bucket, Site, bucket_of
 from preft_core.pool.slots import Counters, SlotPool
-from preft_hf.config import PreftConfig
+from preft_hf.config import PreftConfig, core_config, full_config
 from preft_hf.forward.hooks import ATTRIBUTE, attachment_of
 from preft_hf.layers.linear import PreftLayer, device_of
 from preft_hf.tuner.attach import block_at, linear_at, take_out
 from preft_hf.tuner.model import check_model
+from preft_hf.tuner.names import plain_name, submodule, unwrapped
 from preft_hf.tuner.targets import features_of, resolve
 
 
 class PreftPool:
     """Adapters of one model, by name: `model.generate(..., adapter_names=[one name per prompt])`.
 
-    Every adapter is known by its config alone until it is used; then its weights are read, checked and copied into a
-    slot, from which the least recently used adapter goes. A name may repeat in a batch, "__base__" stands for the base
-    model, and adapters of different method, rank and target modules go into one batch. They are pinned until the
-    batch's prompts are in the cache, so decoding needs none of them.
+    An adapter is registered by its config. On first use its weights are read, checked and copied into a slot, and
+    the least recently used adapter is evicted. A name may repeat in a batch, "__base__" stands for the base model, and
+    adapters of different method, rank and target modules can share a batch. Adapters are pinned until the batch's
+    prompts are in the cache, so decoding needs none of them.
 
-    The model stays as it was for calls without adapter_names. Its adapter layers are taken out by `close`, or at the
-    end of a with block.
+    Calls without adapter_names are not changed. `close`, or the end of a with block, removes the adapter layers.
 
         pool = PreftPool.from_pretrained(model, {"acme": "org/acme-tone", "tax": "adapters/tax"})
         model.generate(**inputs, adapter_names=["acme", "tax", "__base__"])
@@ -39,8 +40,8 @@ class PreftPool:
     Args:
         model: a causal language model of transformers, or a PeftModel of PreFT, on one device
         configs: configs whose rank, method and target modules the slots must hold
-        num_slots: slots for each kind and rank that occurs (64 by default), or for each of them by itself
-        max_host_bytes: for copies of adapters on the host that a slot can be filled from without reading the disk
+        num_slots: slots of each kind and rank that occurs, or a number for each of them
+        max_host_bytes: most bytes of host copies, from which a slot is filled without reading the disk
         dtype: of the slots; the model's by default
     Raises:
         ValueError: the model has a pool already, lies on several devices, or a config does not fit it.
@@ -55,22 +56,25 @@ class PreftPool:
         max_host_bytes: int = 4 << 30,
         dtype: torch.dtype | None = None,
     ):
-        self.model: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model: nn.Module = unwrapped(base)
         attachment = self.model.__dict__.get(ATTRIBUTE)
         if attachment is not None and attachment.routing.pool is not None:
             raise ValueError("the model has a PreftPool already: add the adapters to it, or close() it first")
         check_model(self.model)
+        self.closed = False
         self._paths: dict[tuple[Any, ...], list[str]] = {}
         self._hub_options: dict[str, Any] = {}
         configs = list(configs)
         if not configs:
             raise ValueError("PreftPool was given no adapter and no config: give at least one, with `reserve`")
-        buckets = sorted({bucket_of(_core_config(config)) for config in configs})
+        buckets = sorted({bucket_of(core_config(config)) for config in configs})
         sites: dict[str, Site] = {}
         for config in configs:
             for path in self._resolve(config):
                 sites.setdefault(path, self._site(path, config.method))
-        names = [name for name, _ in self.model.named_modules() if name in sites or f"{name}.preft" in sites]
+        modules = dict.fromkeys(plain_name(name) for name, _ in self.model.named_modules())
+        names = [name for name in modules if name in sites or f"{name}.preft" in sites]
         ordered = [sites[key] for name in names for key in (name, f"{name}.preft") if key in sites]
         self.slots = SlotPool(
             ordered,
@@ -95,14 +99,14 @@ class PreftPool:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> "PreftPool":
-        """Returns a pool of saved adapters. Reads their configs now and their weights when they are first used.
+        """Returns a pool of saved adapters. Reads their configs now and their weights on first use.
 
         Args:
             model: as in PreftPool
             adapters: name -> directory, "org/name" or "org/name@revision" on the Hub, pinned to the commit found now;
-                or the path of a manifest that holds them, preft.toml
+                or the path of a manifest, preft.toml
             num_slots, max_host_bytes, dtype: as in PreftPool
-            reserve: configs of adapters that will be added later, where their rank, method or target modules differ
+            reserve: configs of adapters to add later whose rank, method or target modules differ
             token, cache_dir, local_files_only: as in huggingface_hub
         Raises:
             AdapterError: an adapter that cannot be read. The model is left as it was.
@@ -115,7 +119,8 @@ class PreftPool:
             try:
                 found[name] = find_adapter(location, **options)
             except AdapterError as error:
-                raise AdapterError(f"adapter {name!r}: {error}") from error
+                place = "" if str(location) in str(error) else f" of {location}"
+                raise type(error)(f"adapter {name!r}{place}: {error}") from error
         configs = [*(source.config for source in found.values()), *reserve]
         pool = cls(model, configs, num_slots=num_slots, max_host_bytes=max_host_bytes, dtype=dtype)
         pool._hub_options = options
@@ -128,35 +133,40 @@ class PreftPool:
         return pool
 
     def add(self, name: str, location: str | os.PathLike[str]) -> None:
-        """Makes another saved adapter known, from a directory or the Hub, with the options of from_pretrained.
+        """Registers another saved adapter, from a directory or the Hub, with the options of from_pretrained.
 
         Raises:
-            AdapterError: it cannot be read, or does not fit the model.
+            AdapterError: the adapter cannot be read, or does not fit the model.
             ValueError: the name is taken, or the pool has no slots of its kind and rank or for its target modules.
         """
+        self._check_open("add")
         self._add(name, find_adapter(location, **self._hub_options))
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Batches whose prompts are being computed with it go on.
+        """Unregisters an adapter. Batches that pinned it finish, then its slot is freed.
 
         Raises:
             ValueError: no adapter has this name.
         """
+        self._check_open("remove")
         self.slots.remove(name)
 
     def preload(self, names: Iterable[str]) -> None:
-        """Reads adapters into slots before they are asked for.
+        """Loads adapters into slots ahead of the first request.
 
         Raises:
             ValueError: an unknown name, or more adapters than there are slots.
             AdapterError: an adapter that cannot be loaded.
         """
+        self._check_open("preload")
         self.slots.acquire(names, idle=attachment_of(self.model).routing.calls.sweep).release()
 
     def warm_up(self) -> int:
-        """Compiles on a CUDA device what batches of this pool can need of the kernels; without it they compile as they
-        come, about a second each. Triton keeps what is compiled on disk. Returns how many ops were run for it.
+        """Compiles the kernels that batches of this pool can need on a CUDA device; returns how many ops it ran.
+
+        Without it, kernels compile on first use, about a second each. Triton caches them on disk.
         """
+        self._check_open("warm_up")
         return ops.warm_up(one for bucket in self.slots.buckets for one in self.slots.weights(bucket).values())
 
     def names(self) -> list[str]:
@@ -164,25 +174,38 @@ class PreftPool:
         return self.slots.names()
 
     def counters(self) -> Counters:
-        """Returns what the pool has done so far: hits, loads, evictions, waits, bytes, seconds."""
+        """Returns the pool's counters: hits, loads, evictions, waits, bytes, seconds."""
         return self.slots.counters()
 
     def close(self) -> None:
-        """Takes the pool out of the model. The adapters that its layers hold themselves stay. A second call is idle.
+        """Removes the pool from the model; adapters in the model's own layers stay. Calling it again is a no-op.
 
         Raises:
             RuntimeError: a forward is using the pool.
         """
         attachment = self.model.__dict__.get(ATTRIBUTE)
-        if attachment is None or attachment.routing.pool is not self.slots:
-            return
-        attachment.calls.sweep()
-        if any(self.slots.resident().values()):
-            raise RuntimeError("PreftPool.close: a generation still uses adapters of the pool; let it end first")
-        attachment.routing.pool = None
-        for layer in attachment.layers:
-            layer.pooled = {}
-        take_out(self.model, lambda layer: not layer.preft_A)
+        if attachment is not None and attachment.routing.pool is self.slots:
+            attachment.calls.sweep()
+            if any(self.slots.resident().values()):
+                raise RuntimeError("PreftPool.close: generate still uses adapters of the pool: wait for it to finish")
+            attachment.routing.pool = None
+            for layer in attachment.layers:
+                layer.pooled = {}
+            take_out(self.model, lambda layer: not layer.preft_A)
+        self.closed = True
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "PreftPool(closed)"
+        names, megabytes = self.names(), self.slots.num_bytes / 2**20
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        slots = ", ".join(f"{count} of {bucket}" for bucket, count in self.slots.buckets.items())
+        resident = f"{len(self.slots.resident())} in {slots} slots of {megabytes:.1f} MiB on {self.slots.device}"
+        return f"PreftPool({len(names)} adapters: {shown or 'none'}; {resident})"
+
+    def _check_open(self, method: str) -> None:
+        if self.closed:
+            raise ValueError(f"PreftPool.{method}: the pool is closed; make another with PreftPool.from_pretrained")
 
     def __enter__(self) -> "PreftPool":
         return self
@@ -193,22 +216,24 @@ class PreftPool:
     def _add(self, name: str, source: AdapterSource) -> None:
         held = attachment_of(self.model).routing.held()
         if not isinstance(name, str) or not name or name in held:
-            reason = "the model's layers hold an adapter of this name" if name in held else "give a text"
+            reason = "the model's layers have an adapter of this name" if name in held else "not a non-empty string"
             raise ValueError(f"adapter name {name!r} cannot be used in the pool: {reason}; choose another")
         paths = self._resolve(source.config)
         missing = [path for path in paths if path not in {site.name for site in self.slots.sites}]
         if missing:
             raise ValueError(
-                f"adapter {name!r} changes {len(missing)} layers that the pool has no room for, such as {missing[0]}: "
-                "pass a config like its own as `reserve` when the pool is made"
+                f"adapter {name!r} changes {len(missing)} layers that the pool has no slots for, such as "
+                f"{missing[0]}: pass its config as `reserve` when you make the pool"
             )
 
         def load() -> Adapter:
-            adapter = source.load()
-            modules = adapter.modules().items()
-            found = {path: {leaf: tuple(t.shape) for leaf, t in leaves.items()} for path, leaves in modules}
             try:
+                adapter = source.load()
+                modules = adapter.modules().items()
+                found = {path: {leaf: tuple(t.shape) for leaf, t in leaves.items()} for path, leaves in modules}
                 check_shapes(adapter.config, found, self._expected(source.config, paths))
+            except HubError:
+                raise  # a retry may help
             except AdapterError as error:
                 raise AdapterError(f"adapter {name!r} of {source.location}: {error}") from error
             return adapter
@@ -216,8 +241,8 @@ class PreftPool:
         self.slots.add(name, source.config, load)
 
     def _resolve(self, config: PreftConfig | AdapterConfig) -> list[str]:
-        """Returns the adapter's module paths. Adapters that choose alike are resolved once."""
-        full = config if isinstance(config, PreftConfig) else _full_config(config)
+        """Returns the adapter's module paths, cached by what the config chooses."""
+        full = config if isinstance(config, PreftConfig) else full_config(config)
         chosen_by = (full.target_modules, full.exclude_modules, full.layers_to_transform)
         key = (full.method == "lora", *map(str, chosen_by))
         if key not in self._paths:
@@ -227,7 +252,7 @@ class PreftPool:
 
     def _site(self, path: str, method: str) -> Site:
         if method == "lora":
-            features = features_of(self.model.get_submodule(path))
+            features = features_of(submodule(self.model, path))
             assert features is not None
             return Site(path, "linear", (path,), features[0], (features[1],))
         hidden = self.model.config.get_text_config().hidden_size  # pyright: ignore
@@ -249,7 +274,7 @@ class PreftPool:
         return shapes
 
     def _device(self, names: Iterable[str]) -> torch.device:
-        devices = {device_of(self.model.get_submodule(name)) for name in names}
+        devices = {device_of(submodule(self.model, name)) for name in names}
         if any(device.type == "meta" for device in devices):
             raise ValueError(
                 "some of the model's adapted layers are offloaded, on the meta device: a PreftPool needs them on one "
@@ -258,7 +283,7 @@ class PreftPool:
         if len(devices) != 1:
             raise ValueError(
                 f"the model's adapted layers lie on {', '.join(sorted(map(str, devices)))}: a PreftPool needs them on "
-                "one device; load the model without device_map, or serve it with tensor parallel"
+                "one device; load the model without device_map"
             )
         return devices.pop()
 
@@ -273,13 +298,3 @@ class PreftPool:
                 if bucket.kind == site.kind:
                     layer.pooled[bucket] = self.slots.weights(bucket)[site.name]
         attachment_of(self.model).routing.pool = self.slots
-
-
-def _full_config(config: AdapterConfig) -> PreftConfig:
-    return PreftConfig(**{field.name: getattr(config, field.name) for field in fields(AdapterConfig)})
-
-
-def _core_config(config: PreftConfig | AdapterConfig) -> AdapterConfig:
-    if isinstance(config, AdapterConfig):
-        return config
-    return AdapterConfig(method=config.method, r=config.r, lora_alpha=config.lora_alpha, format_version=1)

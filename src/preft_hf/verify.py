@@ -1,4 +1,4 @@
-"""A saved adapter tried on its base model: it fits, it changes the prompt, and decoding is the base model's."""
+"""Tries a saved adapter on its base model: it fits, it changes the prompt, and decoding is the base model's."""
 
 import contextlib
 from pathlib import Path
@@ -11,23 +11,30 @@ from torch import Tensor, nn
 from preft_core.format.adapter import AdapterError
 from preft_hf.forward.caches import cache_argument, cache_of
 from preft_hf.training.plain import plain_generation
+from preft_hf.tuner.pending import borrowed
 
 NUM_TOKENS = 8
+TRIAL_NAME = "on-trial"
 
 
 @torch.no_grad()
 def try_adapter(directory: str | Path, base: nn.Module) -> dict[str, Any]:
-    """Returns what the adapter did to a random prompt; changes nothing but the adapters that the base holds.
+    """Returns what the adapter does to a random prompt. The base model is as it was afterwards.
 
-    The tokens of `generate` are compared with a loop that runs the prompt with the adapter and what follows without;
-    both take the likeliest token, whatever the base model's generation_config.json asks for.
+    Compares the tokens of `generate` with a loop that runs the prompt with the adapter and the rest without it. Both
+    decode greedily, whatever the base model's generation_config.json says.
 
     Args:
         base: the causal language model in eval mode
     Raises:
         AdapterError: the adapter does not fit the base, gives values that are not finite, or leaks into decoding.
     """
-    model: Any = PeftModel.from_pretrained(base, directory).eval()  # pyright: ignore[reportArgumentType]
+    with borrowed(base):
+        model: Any = PeftModel.from_pretrained(base, directory, TRIAL_NAME)  # pyright: ignore[reportArgumentType]
+        return _tried(model.eval(), directory)
+
+
+def _tried(model: Any, directory: str | Path) -> dict[str, Any]:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
     with model.disable_adapter():

@@ -77,6 +77,26 @@ def test_a_model_that_is_moved_away_from_its_pool():
             model(input_ids=prompt(1).to("meta"), adapter_names=[name])
 
 
+def test_the_repr_of_a_pool_and_calls_after_close(many):
+    pool = PreftPool.from_pretrained(make_base(), many, num_slots=2)
+    pool.preload(["a1"])
+    text = repr(pool)
+    assert text.startswith(f"PreftPool({len(many)} adapters: a")
+    assert f"1 in 2 of linear rank 8 slots of {pool.slots.num_bytes / 2**20:.1f} MiB on cpu" in text
+    pool.close()
+    pool.close()
+    assert repr(pool) == "PreftPool(closed)"
+    calls = {
+        "add": lambda: pool.add("new", many["a1"]),
+        "remove": lambda: pool.remove("a1"),
+        "preload": lambda: pool.preload(["a1"]),
+        "warm_up": pool.warm_up,
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"PreftPool.{name}: the pool is closed; make another"):
+            call()
+
+
 def test_a_warm_up_is_for_all_that_the_pool_holds(monkeypatch):
     pool, given = PreftPool.from_pretrained(make_base(), crowd().paths, num_slots=2), []
     assert pool.warm_up() == 0, "nothing is compiled on a CPU"
@@ -189,7 +209,7 @@ def test_close_while_a_forward_uses_it():
     seen = []
 
     def close(module, args, output):
-        with pytest.raises(RuntimeError, match="let it end first"):
+        with pytest.raises(RuntimeError, match="wait for it to finish"):
             pool.close()
         seen.append(True)
 
@@ -226,14 +246,14 @@ def test_add_and_remove():
 def test_an_adapter_on_layers_that_the_pool_has_no_room_for():
     c = crowd()
     pool = PreftPool(copy.deepcopy(c.base), [PreftConfig(r=4, target_modules=["q_proj"])])
-    with pytest.raises(ValueError, match=r"changes \d+ layers that the pool has no room for, such as .*reserve"):
+    with pytest.raises(ValueError, match=r"changes \d+ layers that the pool has no slots for, such as .*reserve"):
         pool.add("wide", c.paths["wide"])
 
 
 def test_names_of_pool_and_layers_stay_apart():
     c = crowd()
     model = make_preft(copy.deepcopy(c.base), adapter_name="wide")
-    with pytest.raises(ValueError, match="the model's layers hold an adapter of this name"):
+    with pytest.raises(ValueError, match="the model's layers have an adapter of this name"):
         PreftPool.from_pretrained(model, {"wide": c.paths["wide"]})
     # the refused pool left nothing behind
     assert model.get_base_model()._preft_attachment.routing.pool is None

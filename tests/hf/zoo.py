@@ -1,5 +1,7 @@
 """Tiny random models, one per architecture, and adapters for them that change what they say."""
 
+import warnings
+
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -50,6 +52,7 @@ SPECIFIC: dict[str, dict[str, object]] = {
         "shared_expert_intermediate_size": 16,
         "decoder_sparse_step": 1,
     },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     "falcon_h1": {
         "mamba_d_ssm": 32,
         "mamba_n_heads": 4,
@@ -113,6 +116,8 @@ def make_config(method: str = "lora", **overrides: object) -> preft_hf.PreftConf
 def make_preft(
     base: PreTrainedModel, method: str = "lora", seed: int = 1, adapter_name: str = "default", **overrides: object
 ) -> PeftModel:
-    """Returns the model with a random adapter attached, in eval mode."""
+    """Returns the model with a random adapter attached, in eval mode; without the warning of experts left out."""
     torch.manual_seed(seed)
-    return get_peft_model(base, make_config(method, **overrides), adapter_name=adapter_name).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "target_modules leaves out the experts", UserWarning)
+        return get_peft_model(base, make_config(method, **overrides), adapter_name=adapter_name).eval()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from preft_core.format.config import (
     read_config,
 )
 from preft_core.format.header import TensorInfo, open_weights, raise_faults, read_header, read_tensors
+from preft_core.format.names import plain_name
 from preft_core.format.staging import staging_in
 from preft_core.orthonormal import orthonormal_rows
 
@@ -46,8 +48,10 @@ __all__ = [
     "TensorInfo",
     "check_header",
     "check_shapes",
+    "check_tensors",
     "config_faults",
     "fingerprint",
+    "fingerprint_fault",
     "load_adapter",
     "parse_config",
     "publish_files",
@@ -78,7 +82,7 @@ class Adapter:
     """A checked adapter in host memory.
 
     Attributes:
-        tensors: by name in the file, `base_model.model.<module path>.<leaf>`
+        tensors: by name, `base_model.model.<module path>.<leaf>`, without wrappers' parts such as _orig_mod
         fingerprint: of config and tensors
     """
 
@@ -110,6 +114,8 @@ def check_header(config: Facts, header: Mapping[str, TensorInfo]) -> dict[str, d
         for name in header
         if not _is_name(name)
     ]
+    plain = Counter(map(plain_name, header))
+    faults += [f"tensor name {name[:200]!r} stands {count} times" for name, count in plain.items() if count > 1]
     modules = _by_module({name: info for name, info in header.items() if _is_name(name)})
     wanted = METHOD_LEAVES[config.method]
     for path, leaves in modules.items():
@@ -184,6 +190,13 @@ def fingerprint(config: Facts, tensors: Mapping[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def fingerprint_fault(actual: str, saved: str | None) -> str:
+    """Returns the message for an adapter whose fingerprint is not its config's."""
+    edited = "method, r, lora_alpha or use_rslora was edited, the weights were changed, or the save was interrupted"
+    remedy = "save or download the adapter again, or, if you edited it on purpose, set its fingerprint to null"
+    return f"the fingerprint is {actual} and {CONFIG_NAME} says {saved}: {edited}; {remedy}"
+
+
 def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter:
     """Returns the adapter in a directory, on the CPU.
 
@@ -209,17 +222,15 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
         read = read_tensors(header, reader)
     tensors = {name: read[name] for name in sorted(read)}
     if check_values:
-        _check_values(config, tensors)
+        check_tensors(config, tensors)
     actual = fingerprint(config, tensors)
     if config.fingerprint not in (None, actual):
-        raise AdapterError(
-            f"{directory}: the weights have fingerprint {actual} and {CONFIG_NAME} says {config.fingerprint}: the "
-            "save was interrupted or a file was changed; save or download the adapter again"
-        )
-    return Adapter(config, tensors, actual)
+        raise AdapterError(f"{directory}: {fingerprint_fault(actual, config.fingerprint)}")
+    return Adapter(config, {plain_name(name): tensor for name, tensor in tensors.items()}, actual)
 
 
-def _check_values(config: Facts, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(config: Facts, tensors: Mapping[str, Tensor]) -> None:
+    """Raises an AdapterError for values that are not finite and, for loreft, for dependent rows of R."""
     faults = [f"{name} holds NaN or infinite values" for name, t in tensors.items() if not torch.isfinite(t).all()]
     if config.method == "loreft" and not faults:
         for name, tensor in tensors.items():
@@ -242,9 +253,8 @@ def save_adapter(directory: str | Path, config: AdapterConfig, tensors: Mapping[
     mark = fingerprint(config, tensors)
     data = {field.name: getattr(config, field.name) for field in fields(config)} | {"fingerprint": mark}
     with staging_in(Path(directory)) as staging:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staging / WEIGHTS_NAME, {"format": "pt"}
-        )
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, staging / WEIGHTS_NAME, {"format": "pt"})
         write_config(staging, data)
         load_adapter(staging)
         publish_files(staging, Path(directory))
@@ -281,6 +291,6 @@ def publish_files(staging: Path, directory: Path) -> None:
 def _by_module(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     modules: dict[str, dict[str, Any]] = {}
     for name, value in tensors.items():
-        path, _, leaf = name.removeprefix(KEY_PREFIX).rpartition(".")
+        path, _, leaf = plain_name(name).removeprefix(KEY_PREFIX).rpartition(".")
         modules.setdefault(path, {})[leaf] = value
     return modules

@@ -19,6 +19,7 @@ from preft_core.format.config import (
     read_limited,
 )
 from preft_core.format.header import read_header
+from preft_core.format.names import plain_name
 from preft_core.format.staging import staging_in
 
 _COPIED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "use_rslora")
@@ -61,7 +62,8 @@ def read_lora(lora: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         faults.append(f"init_lora_weights is {config['init_lora_weights']}, which changed the base model's weights")
     read_header(directory / WEIGHTS_NAME)
     tensors = {}
-    for name, tensor in load_file(directory / WEIGHTS_NAME).items():
+    for stored, tensor in load_file(directory / WEIGHTS_NAME).items():
+        name = plain_name(stored)
         stem, _, leaf = name.removesuffix(".weight").rpartition(".")
         if not name.startswith(KEY_PREFIX) or leaf not in ("lora_A", "lora_B"):
             faults.append(f"tensor {name[:100]}")

@@ -1,7 +1,7 @@
 """The model card of an adapter: metadata that the Hub indexes, and how to load and serve it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from preft_core.format.adapter import Adapter
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- preft -->", "<!-- /preft -->"
 TAGS = ("peft", "prefill-only", "preft")
+_BASE_TAG = "base_model:adapter:"
 METHODS = {"lora": "LoRA-P", "direft": "DiReFT-P", "loreft": "LoReFT, prefill only"}
 _TEXT = """{begin}
 
@@ -79,6 +80,15 @@ def read_card(file: Path, name: str | None = None) -> str | None:
     return text
 
 
+def tags_of(text: str | None) -> list[str]:
+    """Returns the tags in a card's metadata.
+
+    Raises:
+        ValueError: its metadata are no YAML table.
+    """
+    return [] if text is None else [str(tag) for tag in _parsed(text, CARD_NAME).data.get("tags") or []]
+
+
 def model_card(
     adapter: Adapter,
     existing: str | None = None,
@@ -87,6 +97,7 @@ def model_card(
     subfolder: str = "",
     license: str | None = None,
     facts: Mapping[str, Any] | None = None,
+    tags: Iterable[str] = (),
 ) -> str:
     """Returns the card of an adapter, with valid Hub metadata.
 
@@ -96,6 +107,7 @@ def model_card(
         subfolder: of the repository, where the adapter's files are
         license: of the base model, as the Hub spells it
         facts: lines for the table, such as training data and metrics
+        tags: further ones, such as those of the trainer; a tag that names a base model by a path is left out
     Raises:
         ValueError: an existing card whose metadata are no YAML table.
     """
@@ -106,10 +118,14 @@ def model_card(
     if base is not None:
         data["base_model"] = base
         data["base_model_relation"] = "adapter"
+    elif data.get("base_model") == config.base_model_name_or_path:
+        # PEFT's card names the base model by its path on this machine
+        data["base_model"] = None
     data["library_name"] = "peft"
     data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
-    tags = list(data.get("tags") or [])
-    data["tags"] = tags + [tag for tag in (*TAGS, f"preft-{config.method}") if tag not in tags]
+    named = [] if base is None else [f"{_BASE_TAG}{base}"]
+    wanted = dict.fromkeys([*(data.get("tags") or []), *tags, *TAGS, f"preft-{config.method}", *named])
+    data["tags"] = [tag for tag in wanted if tag in named or not str(tag).startswith(_BASE_TAG)]
     if license is not None and not data.get("license"):
         data["license"] = license
     layers = f" of {len(config.layers_to_transform)} layers" if config.layers_to_transform else ""

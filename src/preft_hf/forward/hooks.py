@@ -136,7 +136,8 @@ class Attachment:
         self.phase.reached = self._thread.owners = None
         if phase is False:
             return
-        if not self._checked_reach and not self.boundary.drafting:
+        # the layers of DataParallel's replicas are copies, which this attachment does not know
+        if not (self._checked_reach or self.boundary.drafting or getattr(module, "_is_replica", False)):
             self.phase.reached = set()
         if module.training or isinstance(adapters, PackedAdapters) or values.get("use_cache") is False:
             return
@@ -186,8 +187,9 @@ class Attachment:
         missing = self.awaiting & self.routing.held() & set(names)
         if missing:
             raise RuntimeError(
-                f"adapter {', '.join(sorted(missing))} was made from a saved config but its weights were not "
-                "loaded: load them with load_adapter, or train from a new PreftConfig"
+                f"adapter {', '.join(sorted(missing))} was made from a saved config or with low_cpu_mem_usage=True, "
+                "and its weights were not loaded: load them with load_adapter or set_peft_model_state_dict, or make a "
+                "new adapter from a new PreftConfig, without low_cpu_mem_usage"
             )
 
     def _row_adapters(self, module: nn.Module, given: Any) -> RowAdapters | PackedAdapters | None:

@@ -1,4 +1,4 @@
-"""Base models whose embeddings were resized: their new rows are in no adapter."""
+"""Base models with resized embeddings: no adapter holds their new rows."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 def warn_of_resized(model: Any, adapters: Sequence[str]) -> None:
     """Warns if the model has more or fewer embeddings than the base model that its adapters name.
 
-    PEFT saves the embeddings beside a LoRA then. A prefill-only adapter holds none: a server runs many of them on one
-    base model, and decoding is that base model. The named model is looked at where it lies on this machine.
+    PEFT would save the embeddings beside a LoRA. A prefill-only adapter holds none: a server runs many of them on one
+    base model, and decoding is that base model. The named model's config is read from this machine, never downloaded.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):

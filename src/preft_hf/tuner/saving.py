@@ -1,4 +1,4 @@
-"""Saving and pushing adapters: all files or none, with a fingerprint and our model card."""
+"""Saves and pushes adapters: all files or none, with a fingerprint and a model card."""
 
 import functools
 import inspect
@@ -9,16 +9,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import RepoCard
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
-from preft_core.format.adapter import CONFIG_NAME, load_adapter, publish_files, write_config
+from preft_core.format.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter, publish_files, write_config
 from preft_core.format.staging import staging_in
-from preft_core.hub.card import CARD_NAME, model_card, read_card
+from preft_core.hub.card import CARD_NAME, model_card, read_card, tags_of
 from preft_core.hub.push_pull import Pushed, push_adapter
 from preft_hf.config import PreftConfig
 from preft_hf.layers.block import PreftBlock
+from preft_hf.tuner.attach import BLOCK
+from preft_hf.tuner.loading import layers_with
+from preft_hf.tuner.names import unwrapped
+from preft_hf.tuner.reading import is_preft
 from preft_hf.tuner.resized import warn_of_resized
+from preft_hf.tuner.targets import resolve
 
 LEAVES = PreftBlock.adapter_layer_names
 
@@ -41,7 +47,7 @@ def push_model(
     with tempfile.TemporaryDirectory(prefix="preft-push-") as folder:
         model.save_pretrained(folder, selected_adapters=[name])
         saved = Path(folder) if name == "default" else Path(folder) / name
-        # PEFT's card says nothing that ours does not
+        # push_adapter writes the card
         (Path(folder) / CARD_NAME).unlink(missing_ok=True)
         (saved / CARD_NAME).unlink(missing_ok=True)
         return push_adapter(
@@ -56,7 +62,7 @@ def push_model(
 
 
 def push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' push writes a card that names no base model over the one that was saved."""
+    """The push_to_hub of transformers replaces the saved card with one that names no base model."""
 
     @functools.wraps(push)
     def push_to_hub(self: PeftModel, repo_id: str, **kwargs: Any) -> Any:
@@ -68,12 +74,11 @@ def push_in_one_commit(push: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(f"push_to_hub of a PreFT adapter takes no {', '.join(unknown)}: leave it out")
         return push_model(self, repo_id, **kwargs)
 
-    push_to_hub.__preft_original__ = push  # type: ignore[attr-defined]
     return push_to_hub
 
 
 def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
-    """PEFT writes the weights and then the config in place, so a killed save could leave one without the other."""
+    """PEFT writes weights and then config in place: a killed save could leave one without the other."""
 
     @functools.wraps(save)
     def save_pretrained(
@@ -102,6 +107,8 @@ def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
             warn_of_resized(self, names)
         if is_main_process:
             check_gathered(self, names, kwargs.get("state_dict"))
+            if kwargs.get("state_dict") is None:
+                check_configs(self, names)
         with staging_in(Path(save_directory)) as staging:
             save(
                 self,
@@ -114,8 +121,30 @@ def save_in_one_step(save: Callable[..., None]) -> Callable[..., None]:
             if is_main_process:
                 _publish(staging, Path(save_directory), names)
 
-    save_pretrained.__preft_original__ = save  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def card_kept(save: Callable[..., None]) -> Callable[..., None]:
+    """Trainers replace the card that says how to load a PreFT adapter with their own: this merges both."""
+
+    @functools.wraps(save)
+    def save_card(self: RepoCard, filepath: str | Path) -> None:
+        card = Path(filepath)
+        if card.name != CARD_NAME or not is_preft(card.parent) or not (card.parent / WEIGHTS_NAME).exists():
+            save(self, filepath)
+            return
+        try:
+            # PEFT's create_or_update_model_card drops the tags of the existing card
+            tags = tags_of(read_card(card))
+            save(self, filepath)
+            text = model_card(load_adapter(card.parent), read_card(card), tags=tags)
+        except ValueError as error:
+            warnings.warn(f"{card} does not say how its PreFT adapter is loaded: {error}", stacklevel=2)
+            save(self, filepath)
+            return
+        card.write_text(text, encoding="utf-8")
+
+    return save_card
 
 
 def _check_save(directory: str, safe_serialization: bool, embeddings: str | bool, others: dict[str, Any]) -> None:
@@ -135,7 +164,7 @@ def _check_save(directory: str, safe_serialization: bool, embeddings: str | bool
 
 
 def check_gathered(model: PeftModel, names: list[str], state_dict: Mapping[str, Any] | None) -> None:
-    """Checks that the weights to be saved are whole, not a process's share of them.
+    """Checks that the weights to save are complete, not one process's shard.
 
     Raises:
         ValueError: weights that are sharded or empty, or a state dict without the adapters' weights.
@@ -165,8 +194,45 @@ def check_gathered(model: PeftModel, names: list[str], state_dict: Mapping[str, 
         raise ValueError("; ".join(faults))
 
 
+def check_configs(model: PeftModel, names: list[str]) -> None:
+    """Checks that the model's layers hold the adapters that their configs describe.
+
+    Raises:
+        ValueError: adapters on other modules, or with another scaling, than their configs say. A config that was
+            changed after its adapter was made would be saved with weights that it does not describe.
+    """
+    faults = []
+    base = unwrapped(model.get_base_model())
+    for name in names:
+        config = model.peft_config[name]
+        assert isinstance(config, PreftConfig)
+        suffix = "" if config.method == "lora" else f".{BLOCK}"
+        wanted = {path + suffix for path in resolve(config, base)}
+        layers = layers_with(base, name)
+        described = f"adapter {name!r} has"
+        if surplus := sorted(layers.keys() - wanted):
+            faults.append(
+                f"{described} weights on {len(surplus)} modules that its config does not choose, such as {surplus[0]}"
+            )
+        if missing := sorted(wanted - layers.keys()):
+            faults.append(
+                f"{described} no weights of {len(missing)} modules that its config chooses, such as {missing[0]}"
+            )
+        scalings = {layer.scaling[name] for layer in layers.values()}
+        if other := sorted(scalings - {config.scaling}):
+            faults.append(
+                f"adapter {name!r}: the scaling of its config is {config.scaling} and its layers compute with "
+                f"{other[0]}"
+            )
+    if faults:
+        raise ValueError(
+            f"{'; '.join(faults)}: the config was changed after the adapter was made, and nothing was saved; set it "
+            "back, or make a new adapter from the changed config"
+        )
+
+
 def _publish(staging: Path, directory: Path, names: list[str]) -> None:
-    """Checks what was written, adds each adapter's fingerprint to its config, and moves all into place."""
+    """Checks the staged files, adds each adapter's fingerprint to its config, and moves all files into place."""
     card = staging / CARD_NAME
     folders = ["" if name == "default" else name for name in names]
     for folder in folders:
@@ -175,10 +241,13 @@ def _publish(staging: Path, directory: Path, names: list[str]) -> None:
         write_config(staging / folder, config)
         if folder == folders[0]:
             try:
-                card.write_text(model_card(adapter, read_card(directory / CARD_NAME)), encoding="utf-8")
+                # PEFT's card has the tags of transformers and of the trainer
+                tags = tags_of(read_card(card))
+                text = model_card(adapter, read_card(directory / CARD_NAME), tags=tags)
+                card.write_text(text, encoding="utf-8")
             except ValueError as error:
-                # what was trained for hours is not lost for a text beside it
-                warnings.warn(f"the adapter is saved, and the card beside it is left as it is: {error}", stacklevel=2)
+                # a card is no reason to lose a trained adapter
+                warnings.warn(f"the adapter is saved, and its card is left as it is: {error}", stacklevel=2)
                 card.unlink(missing_ok=True)
     for folder in folders:
         (directory / folder).mkdir(exist_ok=True)

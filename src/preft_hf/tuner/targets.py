@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from preft_hf.config import PreftConfig
+from preft_hf.tuner.experts import expert_weights, is_expert
+from preft_hf.tuner.names import is_inside_wrapper, plain_name, submodule
 
-# These models read the weight of these layers past the module, always or in fused kernels, so an adapter there would
-# be skipped.
-READ_PAST_THE_MODULE = {
+# These models use the weights of these layers without calling the module, always or in fused kernels.
+BYPASSED = {
     "bamba": {"out_proj"},
     "falcon_h1": {"out_proj"},
     "falcon_mamba": {"x_proj", "dt_proj", "out_proj"},
@@ -26,8 +27,11 @@ READ_PAST_THE_MODULE = {
     "zamba2": {"out_proj"},
 }
 
-# The one subclass of nn.Linear among transformers' models whose forward of its own is that of a linear layer.
+# Subclasses of nn.Linear in transformers that override forward and still compute a linear layer.
 STILL_LINEAR = {"FalconLinear"}
+
+MAX_SHOWN = 10
+"""Faults of one kind that an error lists."""
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -43,36 +47,32 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     num_layers = getattr(text_config, "num_hidden_layers", None)
     inner = _decoder(model)
     for name, module in model.named_modules():
+        name = plain_name(name)
         in_decoder = name == inner or name.startswith(inner + ".") or not inner
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and in_decoder:
             return {f"{name}.{i}": layer for i, layer in enumerate(module)}
     raise ValueError(
-        f"{type(model).__name__} has no list of {num_layers} decoder layers (config.num_hidden_layers), so an adapter "
-        'on decoder layers or layers_to_transform has no place: use method="lora" without layers_to_transform'
+        f"{type(model).__name__} has no list of {num_layers} decoder layers (config.num_hidden_layers), which "
+        'layers_to_transform and adapters on decoder layers need: use method="lora" without layers_to_transform'
     )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns every layer that a LoRA-P adapter could go on, by name: it reports its widths and is no adapter's part.
+    """Returns, by name, every layer that a LoRA-P adapter could go on: it reports its widths and is in no adapter.
 
-    Linear layers inside a list of experts are left out: an expert sees its tokens in an order of its own, so it
-    cannot tell prompt tokens from others.
+    Experts are left out: each sees its tokens in the order of its router, so it cannot tell prompt tokens from others.
     """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if (name.startswith(inside) and inside) or is_inside_wrapper(name):
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, name + ".")
             if not hasattr(module, "base_layer"):
                 continue
-        if (
-            isinstance(module, nn.Module)
-            and features_of(module) is not None
-            and not re.search(r"(^|\.)experts\.", name)
-        ):
-            found[name] = module
+        if isinstance(module, nn.Module) and features_of(module) is not None and not is_expert(name):
+            found[plain_name(name)] = module
     return found
 
 
@@ -93,7 +93,7 @@ def features_of(module: nn.Module | BaseTunerLayer) -> tuple[int, int] | None:
 
 
 def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
-    """Returns the names of the modules that the adapter goes on, in the model's order.
+    """Returns the names of the modules that the adapter goes on, in the model's order, without wrappers' parts.
 
     Raises:
         ValueError: an entry of target_modules, exclude_modules or layers_to_transform matches nothing, or matches
@@ -106,9 +106,8 @@ def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
         return list(layers or {})
     linears, decoder = linear_layers(model), _decoder(model)
     wanted = _wanted(config, model, linears, decoder, faults)
-    excluded = (
-        _matching(config.exclude_modules, "exclude_modules", linears, faults) if config.exclude_modules else set()
-    )
+    known = dict.fromkeys([*linears, *expert_weights(model)], model)
+    excluded = _matching(config.exclude_modules, "exclude_modules", known, faults) if config.exclude_modules else set()
     refused = {name: reason for name in wanted if (reason := _refusal(name, model, decoder)) and name not in excluded}
     if refused:
         faults.append("; ".join(f"{name} {reason}" for name, reason in sorted(refused.items())[:5]))
@@ -125,7 +124,7 @@ def resolve(config: PreftConfig, model: nn.Module) -> list[str]:
 
 
 def endings(chosen: Iterable[str], model: nn.Module) -> list[str]:
-    """Returns the shortest list for target_modules that names just the chosen layers: last parts, else full names."""
+    """Returns the shortest target_modules that name the chosen layers alone: last parts, else full names."""
     chosen = set(chosen)
     last = sorted({name.rpartition(".")[2] for name in chosen})
     matched = {name for name in linear_layers(model) if name.rpartition(".")[2] in last}
@@ -133,14 +132,14 @@ def endings(chosen: Iterable[str], model: nn.Module) -> list[str]:
 
 
 def _decoder(model: nn.Module) -> str:
-    """Returns the name of the text decoder inside the model; "" where the model is all there is."""
+    """Returns the name of the text decoder inside the model; "" if the model itself is the decoder."""
     if not isinstance(model, PreTrainedModel):
         return ""
     decoder = model.get_decoder()
     if decoder is model.get_output_embeddings():
-        # transformers takes what is called `decoder`, which in ModernBERT decoders is the head
+        # get_decoder returns the attribute `decoder`, which in ModernBERT decoders is the head
         decoder = model.base_model
-    return next((name for name, module in model.named_modules() if module is decoder), "")
+    return next((plain_name(name) for name, module in model.named_modules() if module is decoder), "")
 
 
 def _chosen_layers(config: PreftConfig, model: nn.Module, faults: list[str]) -> dict[str, nn.Module] | None:
@@ -153,7 +152,10 @@ def _chosen_layers(config: PreftConfig, model: nn.Module, faults: list[str]) -> 
     assert isinstance(config.layers_to_transform, list)
     outside = [i for i in config.layers_to_transform if i >= len(names)]
     if outside:
-        faults.append(f"layers_to_transform has {outside}: the model's decoder layers are 0 to {len(names) - 1}")
+        more = f" and {len(outside) - MAX_SHOWN} more" if len(outside) > MAX_SHOWN else ""
+        faults.append(
+            f"layers_to_transform has {outside[:MAX_SHOWN]}{more}: the decoder layers are 0 to {len(names) - 1}"
+        )
     return {names[i]: layers[names[i]] for i in config.layers_to_transform if i < len(names)}
 
 
@@ -171,7 +173,7 @@ def _matching(entries: list[str] | str, field: str, linears: dict[str, nn.Module
         matched = {name for name in linears if re.fullmatch(entries, name)}
         if not matched:
             faults.append(
-                f"{field} {entries!r} matches no linear layer; it has to match whole names such as {_some(linears)}"
+                f"{field} {entries[:200]!r} matches no linear layer: match whole names such as {_some(linears)}"
             )
         return matched
     matched = set()
@@ -181,7 +183,7 @@ def _matching(entries: list[str] | str, field: str, linears: dict[str, nn.Module
             last = sorted({name.rpartition(".")[2] for name in linears})
             close = get_close_matches(entry, last, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the model has {', '.join(last)}"
-            faults.append(f"{field} entry {entry!r} matches no linear layer ({hint})")
+            faults.append(f"{field} entry {entry[:100]!r} matches no linear layer ({hint})")
         matched |= hits
     return matched
 
@@ -190,18 +192,18 @@ def _refusal(name: str, model: nn.Module, decoder: str) -> str | None:
     """Returns why the layer cannot be adapted, None if it can."""
     if isinstance(model, PreTrainedModel):
         head = model.get_output_embeddings()
-        if head is not None and model.get_submodule(name) is head:
+        if head is not None and submodule(model, name) is head:
             return "is the output embedding, which sees only the last tokens of a prompt: leave it out"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if name.rpartition(".")[2] in READ_PAST_THE_MODULE.get(str(model_type), ()):
-        return f"is read past its module by {model_type}, so its adapter would be skipped: leave it out"
-    kind = type(model.get_submodule(name))
+    if name.rpartition(".")[2] in BYPASSED.get(str(model_type), ()):
+        return f"is bypassed by {model_type}, which uses its weight directly, so an adapter cannot run: leave it out"
+    kind = type(submodule(model, name))
     own_forward = issubclass(kind, nn.Linear) and kind.forward is not nn.Linear.forward
     if own_forward and kind.__module__.startswith("transformers.models.") and kind.__name__ not in STILL_LINEAR:
-        return f"is a {kind.__name__}, which computes something else than a linear layer does: leave it out"
+        return f"is a {kind.__name__}, which does not compute a linear layer: leave it out"
     if decoder and not name.startswith(decoder + "."):
         return (
-            f"is outside of the text decoder {decoder}, where rows are no tokens of a prompt, as in a vision tower: "
+            f"is outside the text decoder {decoder}, as in a vision tower, where rows are not prompt tokens: "
             f'leave it out, with target_modules such as "{re.escape(decoder)}\\..*_proj" or with exclude_modules'
         )
     return None
@@ -213,4 +215,5 @@ def _some(linears: dict[str, nn.Module]) -> str:
 
 def _raise(faults: list[str]) -> None:
     if faults:
-        raise ValueError("PreftConfig does not fit the base model: " + "; ".join(faults))
+        more = f"; and {len(faults) - MAX_SHOWN} more" if len(faults) > MAX_SHOWN else ""
+        raise ValueError("PreftConfig does not fit the base model: " + "; ".join(faults[:MAX_SHOWN]) + more)
