@@ -187,13 +187,13 @@ def _expand(
         adds,
     )
     bias = b_SNR if bias_SR is None else bias_SR
+    tensors = (output_TN, low, b_SNR, bias, segments.rows, segments.tiles)
     aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in (output_TN, b_SNR, bias))
     _EXPAND(
         (output_TN.device, output_TN.dtype, aligned, numbers, constants),
         # one dimension: the other two are limited to 65535
         (sum(-(-width // span) for width in widths) * segments.tiles.shape[0], 1, 1),
-        (output_TN, low, b_SNR, bias, segments.rows, segments.tiles, low.stride(0), launch.split)
-        + (*numbers, *constants),
+        (*tensors, low.stride(0), launch.split, *numbers, *constants),
         launch.num_warps,
         1,
     )
