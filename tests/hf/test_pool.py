@@ -326,7 +326,7 @@ def test_a_model_that_is_no_decoder():
 
 
 def test_a_rank_beyond_the_slots():
-    with pytest.raises(AdapterError, match="r is 200: slots hold ranks up to 128"):
+    with pytest.raises(AdapterError, match="r is 200: slots have ranks up to 128"):
         PreftPool(make_base(), [PreftConfig(r=200)])
 
 

@@ -1,4 +1,4 @@
-"""Files that are written beside the ones that they replace, so that a failed write leaves those alone."""
+"""Writes files to a temporary directory first, so that a failed write leaves existing files unchanged."""
 
 import shutil
 import tempfile
@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 
 @contextmanager
 def staging_in(directory: Path) -> Iterator[Path]:
-    """Yields a new folder inside a directory, which is made if it is not there; the folder is gone afterwards.
+    """Yields a new temporary directory inside a directory, which is created if needed; deletes it at the end.
 
     Raises:
-        OSError: weights that could not be written, as on a full disk; safetensors has an error of its own for that.
+        OSError: weights that cannot be written, as on a full disk. safetensors raises its own error there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".preft-", dir=directory))
     try:
         yield staging
     except SafetensorError as error:
-        raise OSError(f"{directory} was left as it was, the weights cannot be written: {error}") from error
+        raise OSError(f"the weights cannot be written and {directory} is unchanged: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

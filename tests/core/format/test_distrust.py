@@ -121,7 +121,7 @@ def test_what_lora_p_cannot_express_is_refused(tmp_path):
         with pytest.raises(AdapterError, match=fault):
             from_lora(tmp_path / name, tmp_path / "out")
     make_preft(make_base(), "direft").save_pretrained(tmp_path / "direft")
-    with pytest.raises(AdapterError, match="only lora has"):
+    with pytest.raises(AdapterError, match="only lora can be converted"):
         to_lora(tmp_path / "direft", tmp_path / "out")
     with pytest.raises(AdapterError, match="peft_type is 'PREFT'"):
         from_lora(tmp_path / "direft", tmp_path / "out")
