@@ -70,9 +70,7 @@ def config_faults(values: Mapping[str, object], *, resolved: bool = True) -> lis
             faults.append(f"{name} is {_shown(values[name])}: allowed: {allowed}")
     version = values.get("format_version", FORMAT_VERSION)
     if _is_int(version) and version > FORMAT_VERSION:  # type: ignore[operator]
-        faults.append(
-            f"format_version is {version}: this preft-hf reads up to {FORMAT_VERSION}; upgrade preft-hf"
-        )
+        faults.append(f"format_version is {version}: this preft-hf reads up to {FORMAT_VERSION}; upgrade preft-hf")
     return faults + _faults_between(values, resolved)
 
 
