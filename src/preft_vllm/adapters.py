@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from preft_core.format.adapter import Adapter, AdapterError
+from preft_core.format.adapter import Adapter
 from preft_core.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_json, read_limited
 from preft_core.format.header import raise_faults
-from preft_core.hub.source import find_adapter
 from preft_core.pool.layout import factors
 from preft_vllm.blocks import BLOCK_LEAF, add_blocks
+from preft_vllm.files import OpenFiles
 from preft_vllm.stamp import Stamp, stamp_of
 from preft_vllm.steps import STATES
 
-STAMP = "__preft_stamp__"
+STAMP, FILES = "__preft_stamp__", "__preft_files__"
 
 
 def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,19 +38,14 @@ def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Loads a PreFT adapter by its stamp. Its content is that of the stamp, or it is refused."""
+    """Loads a PreFT adapter by its stamp. Other content is refused."""
 
     @functools.wraps(original)
     def load(self: Any, lora_request: Any) -> Any:
         stamp = stamp_of(lora_request)
         if stamp is None:
             return original(self, lora_request)
-        adapter = find_adapter(stamp.location).load()
-        if adapter.fingerprint != stamp.fingerprint:
-            raise AdapterError(
-                f"{stamp.location} has changed: its fingerprint is {adapter.fingerprint} and requests were taken for "
-                f"{stamp.fingerprint}; load the new content under another lora_int_id"
-            )
+        adapter = vars(self).setdefault(FILES, OpenFiles()).load(stamp)
         return to_vllm(adapter, stamp, self._adapter_manager, self.lora_config, lora_request.lora_int_id)
 
     return load

@@ -5,7 +5,9 @@ the ids of rows are vLLM's own. A forward hook of the decoder layer calls it; un
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,27 @@ def add_blocks(manager: Any, vllm_config: Any) -> int:
         vllm_config.compilation_config.static_forward_context[key] = block
         layer.register_forward_hook(functools.partial(_hook, block))
     return len(found)
+
+
+def config_hash(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the plugin's identity to the hash of vLLM's LoRAConfig, which is part of the key of compiled graphs.
+
+    vLLM loads an ahead-of-time compiled graph by that key and does not see the hooks of `add_blocks`. A graph that was
+    compiled without them would answer as the base model.
+    """
+
+    @functools.wraps(original)
+    def hashed(self: Any) -> str:
+        return hashlib.sha256(f"{original(self)} {_identity()}".encode()).hexdigest()
+
+    return hashed
+
+
+@functools.cache
+def _identity() -> str:
+    """Returns a hash of the plugin's source."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def set_adapter_mapping(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -102,6 +102,12 @@ SEAMS = (
         "A decode step takes the CUDA graph without LoRA.",
     ),
     Seam(
+        f"{_V2}.add_request",
+        "d6ad3d292cfde7e0",
+        steps.add_request_v2,
+        "Which requests of the V2 runner have a prefill-only adapter is known without a look at each in every step.",
+    ),
+    Seam(
         f"{_V2}.make_lora_inputs", "5e4a1ad74894467d", steps.make_lora_inputs_v2, "The position rule in the V2 runner."
     ),
     Seam(
@@ -115,6 +121,12 @@ SEAMS = (
         "186fbb3793a247ff",
         adapters.load_lora_model,
         "Decoder layers get their places for DiReFT-P.",
+    ),
+    Seam(
+        "vllm.config.lora:LoRAConfig.compute_hash",
+        "2adf3ed0c43703e4",
+        blocks.config_hash,
+        "Graphs that vLLM compiled without the hooks of DiReFT-P are not loaded from its cache.",
     ),
     Seam(
         "vllm.lora.peft_helper:PEFTHelper.from_local_dir",

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.integer]
-BASE_ID = 0
-"""vLLM's id of a row without an adapter."""
+Bools = Sequence[bool] | NDArray[np.bool_]
 
 
 def prefill_rows(num_scheduled: Ints, num_computed: Ints, num_prompt: Ints) -> NDArray[np.int64]:
@@ -25,7 +24,7 @@ def prefill_rows(num_scheduled: Ints, num_computed: Ints, num_prompt: Ints) -> N
     return np.clip(num_prompt.astype(np.int64) - num_computed, 0, num_scheduled)
 
 
-def token_ids(ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, prefill: Ints) -> NDArray[np.int64]:
+def token_ids(ids: Ints, prefill_only: Bools, num_scheduled: Ints, prefill: Ints) -> NDArray[np.int64]:
     """Returns the adapter's id of each row of a step, 0 for none, (sum of num_scheduled,).
 
     Args:
@@ -40,15 +39,11 @@ def token_ids(ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, pref
 
 
 def sampled_ids(
-    ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, prefill: Ints, num_sampled: Ints
+    ids: Ints, prefill_only: Bools, num_scheduled: Ints, prefill: Ints, num_sampled: Ints
 ) -> NDArray[np.int64]:
     """Returns the adapter's id of each row that is sampled from, (sum of num_sampled,): the last rows of a request.
 
     A sampled row has the id that it has as a token: the last prompt token is prefill, rows of speculation are not.
     """
-    found = []
-    for i, count in enumerate(num_sampled.tolist()):
-        first = int(num_scheduled[i]) - count
-        adapted = np.arange(first, first + count) < (int(prefill[i]) if prefill_only[i] else first + count)
-        found.append(np.where(adapted, int(ids[i]), BASE_ID))
-    return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+    first = num_scheduled.astype(np.int64) - num_sampled
+    return token_ids(ids, prefill_only, num_sampled, np.clip(prefill - first, 0, num_sampled))

@@ -5,7 +5,9 @@ The process that takes requests resolves an adapter once and writes its fingerpr
 """
 
 import copy
+import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from preft_core.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterError
 from preft_core.hub.source import find_adapter, hub_id
 
 PREFIX = "preft:"
+logger = logging.getLogger("vllm.preft")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ def stamp_of(lora_request: Any) -> Stamp | None:
         return None
     fingerprint, _, location = path.removeprefix(PREFIX).partition(":")
     return Stamp(f"sha256:{fingerprint}", location)
+
+
+def is_stamped(lora_request: Any) -> bool:
+    """Returns whether a request's adapter is prefill-only: cheaper than `stamp_of`, for loops over a batch."""
+    return lora_request is not None and lora_request.lora_path.startswith(PREFIX)
 
 
 class Directory:
@@ -140,16 +148,42 @@ class Directory:
         peft_type = _peft_type(place)
         return None if peft_type is None else (signature, self._read(place) if peft_type == "PREFT" else None)
 
-    def _read(self, place: str) -> Stamp:
-        source = find_adapter(place)
-        base = source.config.base_model_name_or_path
-        if self._base_models and base and base not in self._base_models:
+    def _check_base(self, place: str, base: str | None) -> None:
+        """Raises ValueError if an adapter was trained on another model. Names of directories cannot tell."""
+        if not self._base_models or not base or base in self._base_models:
+            return
+        served, trained = {_hub_name(name) for name in self._base_models} - {None}, _hub_name(base)
+        if not served or trained is None:
+            logger.warning(
+                "adapter %s was trained on %s and the server has %s: a directory's name does not say whether these "
+                "are the same model, so only shapes are compared",
+                place,
+                base,
+                ", ".join(self._base_models),
+            )
+        elif trained not in served:
             raise ValueError(
                 f"adapter {place} was trained on {base} and the server has {', '.join(self._base_models)}: if the "
-                "weights are the same under another name, start vLLM with PREFT_BASE_MODEL set to it"
+                "weights are the same, start vLLM with PREFT_BASE_MODEL set to the name that the adapter has"
             )
+
+    def _read(self, place: str) -> Stamp:
+        source = find_adapter(place)
+        self._check_base(place, source.config.base_model_name_or_path)
         # all of it is checked here: a fault that a worker finds in the middle of a step ends the engine
         return Stamp(source.load().fingerprint, source.location)
+
+
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+
+
+def _hub_name(model: str) -> str | None:
+    """Returns org/name of a Hub id or of a snapshot in the Hub's cache; None for any other directory."""
+    snapshot = _SNAPSHOT.search(model)
+    if snapshot is not None:
+        return f"{snapshot[1]}/{snapshot[2]}"
+    repository = hub_id(model)
+    return None if repository is None else repository[0]
 
 
 def base_models(model: str) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
-from preft_vllm.stamp import stamp_of
+from preft_vllm.stamp import is_stamped, stamp_of
 
 HIDDEN, ACTIVE, STATES = "__preft_lora__", "__preft_active__", "__preft_states__"
+PREFILL_ONLY = "__preft_only__"
 
 
 def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +28,7 @@ def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
         hidden = [
             request
             for request in self.running
-            if request.num_computed_tokens >= request.num_prompt_tokens and stamp_of(request.lora_request) is not None
+            if request.num_computed_tokens >= request.num_prompt_tokens and is_stamped(request.lora_request)
         ]
         for request in hidden:
             setattr(request, HIDDEN, request.lora_request)
@@ -71,7 +72,7 @@ def make_lora_inputs_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def inputs(self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
         requests = self.lora_id_to_lora_request
-        stamped = {number for number, request in requests.items() if stamp_of(request) is not None}
+        stamped = {number for number, request in requests.items() if is_stamped(request)}
         if not stamped:
             setattr(self, ACTIVE, None)
             return original(self, num_scheduled_tokens, num_sampled_tokens)
@@ -105,21 +106,32 @@ def dispatch_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     return dispatched
 
 
+def add_request_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Notes in the V2 runner, by the index of a request, whether its adapter is prefill-only."""
+
+    @functools.wraps(original)
+    def added(self: Any, req_id: Any, req_index: Any, lora_request: Any) -> None:
+        original(self, req_id, req_index, lora_request)
+        _prefill_only(self)[req_index] = is_stamped(lora_request)
+
+    return added
+
+
 def make_lora_inputs_v2(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The position rule in the V2 runner. `prompt_len` decides: its `prefill_len` has recomputed answers in it."""
+    """The position rule in the V2 runner. `prompt_len` decides: `prefill_len` includes recomputed generated tokens."""
 
     @functools.wraps(original)
     def inputs(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
-        only = [stamp_of(self.lora_requests.get(req_id)) is not None for req_id in req_ids]
-        if not any(only):
+        index = np.asarray(idx_mapping)[: len(req_ids)]
+        only = _prefill_only(self)[index]
+        if not only.any():
             return original(self, req_ids, idx_mapping, num_scheduled_tokens)
-        states, index = _states(self), np.asarray(idx_mapping)[: len(req_ids)]
-        scheduled = np.asarray(num_scheduled_tokens)[: len(req_ids)]
+        states, scheduled = _states(self), np.asarray(num_scheduled_tokens)[: len(req_ids)]
         prefill = prefill_rows(scheduled, states.num_computed_tokens_np[index], states.prompt_len.np[index])
         ids = self.lora_ids[index]
         tokens = token_ids(ids, only, scheduled, prefill)
         sampled = sampled_ids(ids, only, scheduled, prefill, np.ones_like(scheduled))
-        return tuple(sampled.tolist()), tuple(tokens.tolist()), self.get_activate_loras(req_ids)
+        return tuple(sampled.tolist()), tuple(tokens.tolist()), _active_v2(self, req_ids, index)
 
     return inputs
 
@@ -129,22 +141,30 @@ def active_loras_v2(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def active(self: Any, req_ids: Any) -> Any:
-        requests = {req_id: self.lora_requests[req_id] for req_id in req_ids if req_id in self.lora_requests}
-        stamped = {req_id for req_id, request in requests.items() if stamp_of(request) is not None}
-        if not stamped:
+        if not _prefill_only(self).any():
             return original(self, req_ids)
-        found = {}
-        for req_id, request in requests.items():
-            if req_id in stamped:
-                states = _states(self)
-                index = states.req_id_to_index[req_id]
-                if states.num_computed_tokens_np[index] >= states.prompt_len.np[index]:
-                    continue
-            # by id: in a set requests of one name are equal
-            found[request.lora_int_id] = request
-        return list(found.values())
+        number = _states(self).req_id_to_index
+        return _active_v2(self, req_ids, np.fromiter((number[req_id] for req_id in req_ids), np.int64, len(req_ids)))
 
     return active
+
+
+def _active_v2(lora_state: Any, req_ids: Any, index: Any) -> list[Any]:
+    states = _states(lora_state)
+    decodes = states.num_computed_tokens_np[index] >= states.prompt_len.np[index]
+    rows = np.flatnonzero((lora_state.lora_ids[index] > 0) & ~(decodes & _prefill_only(lora_state)[index]))
+    requests = [lora_state.lora_requests[req_ids[row]] for row in rows.tolist()]
+    # by id: in a set requests of one name are equal
+    return list({request.lora_int_id: request for request in requests}.values())
+
+
+def _prefill_only(lora_state: Any) -> Any:
+    """Returns whether the adapter of each request is prefill-only: bool, (requests,), by the request's index."""
+    found = getattr(lora_state, PREFILL_ONLY, None)
+    if found is None:
+        found = np.zeros(len(lora_state.lora_ids), bool)
+        setattr(lora_state, PREFILL_ONLY, found)
+    return found
 
 
 def _states(lora_state: Any) -> Any:

@@ -1,0 +1,89 @@
+"""The files of adapters that a worker has loaded, kept open so that the same content can be loaded again."""
+
+import resource
+import shutil
+import tempfile
+from collections import OrderedDict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from preft_core.format.adapter import WEIGHTS_NAME as WEIGHTS
+from preft_core.format.adapter import Adapter, AdapterError, load_adapter
+from preft_core.format.config import CONFIG_NAME as CONFIG
+from preft_core.hub.source import find_adapter
+from preft_vllm.stamp import Stamp
+
+
+class OpenFiles:
+    """Loads adapters by their stamps. An adapter that was loaded before needs its directory no more.
+
+    A request that is preempted computes its prompt again, and its adapter may have left host memory by then. Files
+    that were deleted or replaced since are still read through the open ones. This takes no disk space. Only files that
+    are overwritten in place are lost.
+
+    Args:
+        limit: adapters whose files stay open, two each; the least recently loaded are closed. None: half of the open
+            files that the process may have
+    """
+
+    def __init__(self, limit: int | None = None):
+        self.limit = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if limit is None else limit
+        self._files: OrderedDict[Stamp, dict[str, BinaryIO]] = OrderedDict()
+
+    def load(self, stamp: Stamp) -> Adapter:
+        """Returns the adapter of a stamp. Its values are not checked: the process that wrote the stamp did that.
+
+        Raises:
+            AdapterError: it cannot be read, or its content is not that of the stamp.
+        """
+        files = self._files.pop(stamp, None)
+        files = _opened(find_adapter(stamp.location).fetch()) if files is None else files
+        with ExitStack() as closing:
+            for file in files.values():
+                closing.enter_context(file)
+            adapter = _read(files, stamp.location)
+            if adapter.fingerprint != stamp.fingerprint:
+                raise AdapterError(
+                    f"{stamp.location} has changed: its fingerprint is {adapter.fingerprint} and requests were taken "
+                    f"for {stamp.fingerprint}; load the new content under another lora_int_id, and replace files by "
+                    "renaming, not in place"
+                )
+            closing.pop_all()
+        self._files[stamp] = files
+        self._shrink_to(self.limit)
+        return adapter
+
+    def close(self) -> None:
+        """Closes all files. For tests."""
+        self._shrink_to(0)
+
+    def _shrink_to(self, limit: int) -> None:
+        while len(self._files) > limit:
+            for file in self._files.popitem(last=False)[1].values():
+                file.close()
+
+
+def _opened(directory: Path) -> dict[str, BinaryIO]:
+    files: dict[str, BinaryIO] = {}
+    try:
+        for name in (CONFIG, WEIGHTS):
+            files[name] = (directory / name).open("rb")
+    except OSError as error:
+        for file in files.values():
+            file.close()
+        raise AdapterError(f"{directory / name} cannot be read: {error.strerror}; load the adapter again") from error
+    return files
+
+
+def _read(files: dict[str, BinaryIO], location: str) -> Adapter:
+    """Returns the checked adapter in open files, which a directory is made for."""
+    with tempfile.TemporaryDirectory(prefix="preft-vllm-") as folder:
+        for name, file in files.items():
+            file.seek(0)
+            with (Path(folder) / name).open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+        try:
+            return load_adapter(folder, check_values=False)
+        except AdapterError as error:
+            raise AdapterError(str(error).replace(folder, location)) from error
