@@ -20,7 +20,7 @@ from preft_vllm.files import OpenFiles
 from preft_vllm.stamp import Stamp, stamp_of
 from preft_vllm.steps import STATES
 
-STAMP, FILES = "__preft_stamp__", "__preft_files__"
+STAMP, FILES, ELSEWHERE = "__preft_stamp__", "__preft_files__", "__preft_elsewhere__"
 
 
 def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +120,10 @@ def to_vllm(adapter: Adapter, stamp: Stamp, manager: Any, lora_config: Any, numb
             faults.append(f"{path} is not finite in {lora_config.lora_dtype}")
         loras[name] = LoRALayerWeights(name, rank, rank, a, b, 1.0)
     raise_faults(f"adapter {stamp.location} cannot be served", faults)
+    if not loras:
+        # a pipeline worker that has none of its layers: vLLM needs one entry, and ignores names that it does not have
+        a, b = (torch.zeros(shape, dtype=lora_config.lora_dtype) for shape in ((rank, 1), (1, rank)))
+        loras[ELSEWHERE] = LoRALayerWeights(ELSEWHERE, rank, rank, a, b, 1.0)
     model = LoRAModel(number, rank, loras)
     setattr(model, STAMP, stamp)
     return model

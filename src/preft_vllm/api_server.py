@@ -123,7 +123,9 @@ def directory_of(input_processor: Any) -> Directory:
     """Returns the directory of a front process, made at its first use."""
     found = getattr(input_processor, DIRECTORY, None)
     if found is None:
-        found = Directory(base_models(input_processor.vllm_config.model_config.model))
+        config = input_processor.vllm_config
+        transfer = getattr(config, "kv_transfer_config", None)
+        found = Directory(base_models(config.model_config.model), transfer and transfer.kv_connector)
         setattr(input_processor, DIRECTORY, found)
     return found
 

@@ -65,14 +65,12 @@ class OpenFiles:
 
 
 def _opened(directory: Path) -> dict[str, BinaryIO]:
-    files: dict[str, BinaryIO] = {}
-    try:
-        for name in (CONFIG, WEIGHTS):
-            files[name] = (directory / name).open("rb")
-    except OSError as error:
-        for file in files.values():
-            file.close()
-        raise AdapterError(f"{directory / name} cannot be read: {error.strerror}; load the adapter again") from error
+    with ExitStack() as closing:
+        try:
+            files = {name: closing.enter_context((directory / name).open("rb")) for name in (CONFIG, WEIGHTS)}
+        except OSError as error:
+            raise AdapterError(f"{error.filename} cannot be read: {error.strerror}; load the adapter again") from error
+        closing.pop_all()
     return files
 
 

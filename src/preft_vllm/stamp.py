@@ -21,6 +21,8 @@ from preft_core.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, AdapterError
 from preft_core.hub.source import find_adapter, hub_id
 
 PREFIX = "preft:"
+KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""Those that find KV by the hashes of vLLM's blocks, which the plugin makes of an adapter's content."""
 logger = logging.getLogger("vllm.preft")
 
 
@@ -61,10 +63,12 @@ class Directory:
 
     Args:
         base_models: names of the served model that an adapter may have been trained on; none accepts all
+        kv_connector: vLLM's name of what KV is exchanged with, None for nothing
     """
 
-    def __init__(self, base_models: Iterable[str] = ()):
+    def __init__(self, base_models: Iterable[str] = (), kv_connector: str | None = None):
         self._base_models = tuple(base_models)
+        self._kv_connector = kv_connector
         # (id, place) -> signature, stamp. An id keeps the commit that it was loaded at when another id looks again
         self._seen: dict[tuple[int, str], tuple[object, Stamp | None]] = {}
         self._ids: dict[int, str] = {}
@@ -80,7 +84,7 @@ class Directory:
             fresh: looks a Hub id up again, where it was found before
         Raises:
             ValueError: a PreFT adapter that cannot be had or was trained on another model; an id that stands for
-                another adapter; a path in the stamp's form.
+                another adapter; a path in the stamp's form; a KV connector that was not read.
         """
         if lora_request is None:
             return None
@@ -98,6 +102,12 @@ class Directory:
             self._seen[number, place] = seen
         if stamp is None:
             return lora_request
+        if self._kv_connector is not None and self._kv_connector not in KV_CONNECTORS:
+            raise ValueError(
+                f"adapter {lora_request.lora_name!r} is prefill-only and the KV connector is {self._kv_connector}: it "
+                "may mix the KV of adapters and of the base model; start vLLM without it, or with "
+                f"{' or '.join(KV_CONNECTORS)}"
+            )
         changed = copy.copy(lora_request)
         changed.lora_path, changed.load_inplace = path, False
         return changed

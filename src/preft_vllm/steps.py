@@ -13,14 +13,15 @@ import numpy as np
 from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
 from preft_vllm.stamp import is_stamped, stamp_of
 
-HIDDEN, ACTIVE, STATES = "__preft_lora__", "__preft_active__", "__preft_states__"
-PREFILL_ONLY = "__preft_only__"
+ACTIVE, STATES = "__preft_active__", "__preft_states__"
+PREFILL_ONLY, UNCOUNTED = "__preft_only__", "__preft_uncounted__"
 
 
 def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     """Counts an adapter against max_loras only while a prompt of it is being computed.
 
-    Requests past their prompt have their adapter hidden for the time of one scheduling step.
+    For one scheduling step, a request past its prompt has a stand-in for its adapter, with the id 0 that vLLM does not
+    count. Everything else, such as the names in KV events, is the adapter's.
     """
 
     @functools.wraps(original)
@@ -31,16 +32,35 @@ def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
             if request.num_computed_tokens >= request.num_prompt_tokens and is_stamped(request.lora_request)
         ]
         for request in hidden:
-            setattr(request, HIDDEN, request.lora_request)
-            request.lora_request = None
+            request.lora_request = _uncounted(request)
         try:
             return original(self, *args, **kwargs)
         finally:
             for request in hidden:
-                request.lora_request = getattr(request, HIDDEN)
-                delattr(request, HIDDEN)
+                request.lora_request = request.lora_request.counted
 
     return scheduled
+
+
+class _Uncounted:
+    """An adapter that does not count against max_loras. vLLM's events take the id from `adapter_id`."""
+
+    lora_int_id = 0
+
+    def __init__(self, lora_request: Any):
+        self.counted = lora_request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.counted, name)
+
+
+def _uncounted(request: Any) -> _Uncounted:
+    """Returns the stand-in for a request's adapter, made once."""
+    found = getattr(request, UNCOUNTED, None)
+    if found is None or found.counted is not request.lora_request:
+        found = _Uncounted(request.lora_request)
+        setattr(request, UNCOUNTED, found)
+    return found
 
 
 def block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,13 +71,12 @@ def block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> tuple[Any, int]:
-        lora_request = getattr(request, HIDDEN, None) or request.lora_request
-        stamp = stamp_of(lora_request)
+        stamp = stamp_of(request.lora_request)
         if stamp is None:
             return original(request, start_token_idx, end_token_idx, start_mm_idx)
         found, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
         others = [key for key in found or () if key[0] != "lora"]
-        own: list[tuple[str, ...]] = [("lora", lora_request.lora_name, stamp.fingerprint)]
+        own: list[tuple[str, ...]] = [("lora", request.lora_request.lora_name, stamp.fingerprint)]
         if end_token_idx > request.num_prompt_tokens:
             rows = max(request.num_prompt_tokens - start_token_idx, 0)
             own.append(("preft", f"{rows} prefill rows"))

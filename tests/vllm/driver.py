@@ -89,6 +89,7 @@ def compile_on_cpu() -> None:
         original(cls, vllm_config)
         vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
         vllm_config.compilation_config.backend = "inductor"
+        vllm_config.compilation_config.compile_sizes = []
         stock = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
         CpuPlatform.get_punica_wrapper = classmethod(lambda cls: stock)
 
@@ -127,7 +128,10 @@ def names_without_last_layer(worker, place: str) -> list[str]:
         del manager.modules[name]
     adapter = load_adapter(place)
     taken = to_vllm(adapter, Stamp(adapter.fingerprint, place), manager, runner.lora_config, 1)
-    return list(taken.loras)
+    names = list(taken.loras)
+    manager.add_adapter(taken)
+    manager.activate_adapter(taken.id)
+    return names
 
 
 def main() -> None:

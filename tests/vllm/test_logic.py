@@ -207,18 +207,21 @@ def test_only_prompts_being_computed_count_against_max_loras():
         SimpleNamespace(lora_request=lora, num_computed_tokens=computed, num_prompt_tokens=6)
         for lora, computed in [(STAMPED, 6), (STAMPED, 5), (LORA, 9), (None, 9)]
     ]
-    seen = []
+    seen, names = [], []
 
     def schedule(self, throttle):
-        seen.append([request.lora_request for request in self.running])
+        seen.append([request.lora_request and request.lora_request.lora_int_id for request in self.running])
+        names.append([request.lora_request and request.lora_request.lora_name for request in self.running])
         raise KeyError(throttle)
 
     scheduler = SimpleNamespace(running=running)
     with pytest.raises(KeyError):
         steps.schedule(schedule)(scheduler, True)
-    assert seen == [[None, STAMPED, LORA, None]]
-    assert [request.lora_request for request in running] == [STAMPED, STAMPED, LORA, None]
-    assert not hasattr(running[0], steps.HIDDEN)
+    # vLLM counts ids above 0; what KV events say is said of the adapter, also of blocks that decoding fills
+    assert seen == [[0, 3, 4, None]]
+    assert names == [["tone", "tone", "plain", None]]
+    for request, lora in zip(running, [STAMPED, STAMPED, LORA, None], strict=True):
+        assert request.lora_request is lora
 
 
 def stock_keys(request, start, end, mm):
@@ -235,9 +238,10 @@ def test_blocks_are_keyed_by_content_and_by_their_prefill_rows():
     assert keys(request, 16, 32, 0)[0] == (own, ("preft", "4 prefill rows"), ("cache_salt", "s"))
     assert keys(request, 32, 48, 0)[0] == (own, ("preft", "0 prefill rows"), ("cache_salt", "s"))
     # also while the scheduler does not count it
-    setattr(request, steps.HIDDEN, STAMPED)
-    request.lora_request = None
-    assert keys(request, 0, 16, 0)[0][0] == own
+    request.num_computed_tokens, found = 20, []
+    counting = steps.schedule(lambda self: found.append(keys(self.running[0], 16, 32, 0)[0]))
+    counting(SimpleNamespace(running=[request]))
+    assert found == [(own, ("preft", "4 prefill rows"), ("cache_salt", "s"))]
     assert keys(SimpleNamespace(lora_request=LORA, num_prompt_tokens=4), 0, 16, 0) == (
         (("lora", "plain", "some/lora"), ("cache_salt", "s")),
         1,
@@ -382,6 +386,21 @@ def test_an_adapter_of_another_base_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PREFT_BASE_MODEL"):
         Directory(["acme/other"]).stamped(request)
     assert stamp_of(Directory(["acme/other", "acme/base"]).stamped(request)) is not None
+
+
+def test_a_kv_connector_that_may_mix_adapters_is_refused(saved):
+    def directory(connector):
+        transfer = connector and SimpleNamespace(kv_connector=connector)
+        config = SimpleNamespace(model_config=SimpleNamespace(model="base"), kv_transfer_config=transfer)
+        return front.directory_of(SimpleNamespace(vllm_config=config))
+
+    request = Request("one", 1, saved / "one")
+    for connector in (None, *stamp.KV_CONNECTORS):
+        assert stamp_of(directory(connector).stamped(request)) is not None
+    for connector in ("LMCacheConnectorV1", "MultiConnector"):
+        with pytest.raises(ValueError, match=f"KV connector is {connector}: .*OffloadingConnector"):
+            directory(connector).stamped(request)
+        assert directory(connector).stamped(LORA) is LORA
 
 
 @pytest.mark.parametrize(
