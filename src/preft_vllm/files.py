@@ -5,8 +5,8 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from preft_core.format.adapter import WEIGHTS_NAME as WEIGHTS
 from preft_core.format.adapter import Adapter, AdapterError, load_adapter
@@ -16,23 +16,23 @@ from preft_vllm.stamp import Stamp
 
 
 class OpenFiles:
-    """Loads adapters by their stamps. An adapter that was loaded before needs its directory no more.
+    """Loads adapters by their stamps. After the first load, an adapter's directory is no longer needed.
 
-    A request that is preempted computes its prompt again, and its adapter may have left host memory by then. Files
-    that were deleted or replaced since are still read through the open ones. This takes no disk space. Only files that
-    are overwritten in place are lost.
+    A preempted request computes its prompt again, when its adapter may have left host memory. Files that were deleted
+    or replaced meanwhile are read through the open ones, which takes no disk space. Files that were overwritten in
+    place are refused.
 
     Args:
-        limit: adapters whose files stay open, two each; the least recently loaded are closed. None: half of the open
-            files that the process may have
+        limit: adapters whose files stay open, two each; the least recently loaded are closed. None uses half of the
+            process's limit of open files
     """
 
     def __init__(self, limit: int | None = None):
         self.limit = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4) if limit is None else limit
-        self._files: OrderedDict[Stamp, dict[str, BinaryIO]] = OrderedDict()
+        self._files: OrderedDict[Stamp, dict[str, BufferedReader]] = OrderedDict()
 
     def load(self, stamp: Stamp) -> Adapter:
-        """Returns the adapter of a stamp. Its values are not checked: the process that wrote the stamp did that.
+        """Returns the adapter of a stamp. Its values are not checked again: the API server process has done that.
 
         Raises:
             AdapterError: it cannot be read, or its content is not that of the stamp.
@@ -64,7 +64,7 @@ class OpenFiles:
                 file.close()
 
 
-def _opened(directory: Path) -> dict[str, BinaryIO]:
+def _opened(directory: Path) -> dict[str, BufferedReader]:
     with ExitStack() as closing:
         try:
             files = {name: closing.enter_context((directory / name).open("rb")) for name in (CONFIG, WEIGHTS)}
@@ -74,8 +74,8 @@ def _opened(directory: Path) -> dict[str, BinaryIO]:
     return files
 
 
-def _read(files: dict[str, BinaryIO], location: str) -> Adapter:
-    """Returns the checked adapter in open files, which a directory is made for."""
+def _read(files: dict[str, BufferedReader], location: str) -> Adapter:
+    """Returns the adapter in open files, through a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="preft-vllm-") as folder:
         for name, file in files.items():
             file.seek(0)

@@ -1,7 +1,7 @@
-"""What stands in for functions of vLLM that a step goes through: scheduler, block hashes, model runners.
+"""Replacements of vLLM's functions that every step calls: scheduler, block hashes, model runners.
 
-Each takes the original and returns its replacement; `patches` is the table. Arguments are duck-typed and vLLM is not
-imported, so that this logic is tested without it.
+Each takes the original function and returns the new one; `patches` is the table. Arguments are duck-typed and vLLM is
+not imported, so that this logic is tested without it.
 """
 
 import functools
@@ -18,10 +18,10 @@ PREFILL_ONLY, UNCOUNTED = "__preft_only__", "__preft_uncounted__"
 
 
 def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Counts an adapter against max_loras only while a prompt of it is being computed.
+    """Counts an adapter against max_loras only during prefill.
 
-    For one scheduling step, a request past its prompt has a stand-in for its adapter, with the id 0 that vLLM does not
-    count. Everything else, such as the names in KV events, is the adapter's.
+    During the call, a decoding request has a stand-in for its adapter with id 0, which vLLM does not count. All other
+    attributes, such as the name in KV events, are the adapter's.
     """
 
     @functools.wraps(original)
@@ -64,9 +64,9 @@ def _uncounted(request: Any) -> _Uncounted:
 
 
 def block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Keys a block of KV by the adapter's content and by how many of its tokens were prefill.
+    """Keys a block of KV by the adapter's content and by the number of its prefill tokens.
 
-    A block that decoding wrote, in part or whole, is never taken for one of a prompt with the same tokens.
+    A block that decode wrote, in part or whole, is never reused for a prompt with the same tokens.
     """
 
     @functools.wraps(original)
@@ -86,7 +86,7 @@ def block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_lora_inputs_v1(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The position rule in the V1 runner's batch: ids of tokens and sampled rows, and the adapters to load."""
+    """The position rule in the V1 runner: adapter ids of tokens and sampled rows, and the adapters to load."""
 
     @functools.wraps(original)
     def inputs(self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
@@ -102,7 +102,7 @@ def make_lora_inputs_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         prefill = prefill_rows(scheduled, self.num_computed_tokens_cpu[:n], self.num_prompt_tokens[:n])
         tokens = token_ids(mapping, only, scheduled, prefill)
         sampled = sampled_ids(mapping, only, scheduled, prefill, np.asarray(num_sampled_tokens)[:n])
-        # no set: requests of one name are equal there, and a name may stand for two contents while one is replaced
+        # not a set, where requests of one name are equal: a name may have two contents while one is replaced
         active = [requests[number] for number in sorted(set(tokens.tolist())) if number]
         setattr(self, ACTIVE, len(active))
         return tuple(sampled.tolist()), tuple(tokens.tolist()), active
@@ -111,7 +111,7 @@ def make_lora_inputs_v1(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dispatch_v1(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Dispatches a step without a prefill row of an adapter to the CUDA graph without LoRA."""
+    """Dispatches a step without adapted rows to the CUDA graph without LoRA."""
 
     @functools.wraps(original)
     def dispatched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ def dispatch_v1(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_request_v2(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Notes in the V2 runner, by the index of a request, whether its adapter is prefill-only."""
+    """Records in the V2 runner, by a request's index, whether its adapter is prefill-only."""
 
     @functools.wraps(original)
     def added(self: Any, req_id: Any, req_index: Any, lora_request: Any) -> None:
@@ -156,7 +156,7 @@ def make_lora_inputs_v2(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def active_loras_v2(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The adapters of a step of the V2 runner: prefill-only ones while their prompt is not computed."""
+    """The adapters of a step of the V2 runner: prefill-only ones only during prefill."""
 
     @functools.wraps(original)
     def active(self: Any, req_ids: Any) -> Any:
@@ -173,7 +173,7 @@ def _active_v2(lora_state: Any, req_ids: Any, index: Any) -> list[Any]:
     decodes = states.num_computed_tokens_np[index] >= states.prompt_len.np[index]
     rows = np.flatnonzero((lora_state.lora_ids[index] > 0) & ~(decodes & _prefill_only(lora_state)[index]))
     requests = [lora_state.lora_requests[req_ids[row]] for row in rows.tolist()]
-    # by id: in a set requests of one name are equal
+    # by id, since requests of one name are equal
     return list({request.lora_int_id: request for request in requests}.values())
 
 
@@ -190,7 +190,7 @@ def _states(lora_state: Any) -> Any:
     states = getattr(lora_state, STATES, None)
     if states is None:
         raise RuntimeError(
-            "the model runner's request states are not known, so the end of a prompt is not: PreFT adapters cannot be "
-            "served by this runner"
+            "the model runner's request states are unknown, and with them the end of a prompt: this runner cannot "
+            "serve PreFT adapters"
         )
     return states

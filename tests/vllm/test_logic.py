@@ -362,7 +362,7 @@ def test_an_id_keeps_its_commit_when_the_repository_is_looked_up_again(monkeypat
 
 
 def test_what_cannot_be_served_is_refused_where_requests_come_in(saved, tmp_path):
-    with pytest.raises(ValueError, match="the plugin writes for itself"):
+    with pytest.raises(ValueError, match="is reserved for the plugin"):
         Directory().stamped(STAMPED)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFT"}')
     with pytest.raises(ValueError, match="method"):
