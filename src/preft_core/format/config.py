@@ -101,6 +101,8 @@ def _faults_between(values: Mapping[str, object], resolved: bool) -> list[str]:
 def parse_config(data: object) -> AdapterConfig:
     """Returns the config in a decoded JSON object.
 
+    Args:
+        data: of adapter_config.json
     Raises:
         AdapterError: missing, unknown or wrong fields. All faults in one message.
     """
@@ -125,8 +127,10 @@ def parse_config(data: object) -> AdapterConfig:
 
 
 def read_config(path: str | Path) -> AdapterConfig:
-    """Returns the config in a file, or in the adapter_config.json of a directory.
+    """Returns the config of a saved adapter.
 
+    Args:
+        path: of an adapter_config.json, or of the directory that contains it
     Raises:
         AdapterError: a file that is missing, larger than 1 MiB, not strict JSON, or not a config.
     """

@@ -30,6 +30,8 @@ class TensorInfo:
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
     """Returns dtype, shape and offsets of the tensors of a safetensors file, by name. Reads the header only.
 
+    Args:
+        path: of the file
     Raises:
         AdapterError: a file that is truncated or above 16 GiB, a header that is above 64 MiB or not JSON, a dtype that
             is not F32, F16 or BF16, or tensors that overlap, leave gaps or do not have the size of their shape.

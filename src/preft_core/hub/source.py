@@ -125,7 +125,12 @@ def find_adapter(location: str | os.PathLike[str], **options: Any) -> AdapterSou
 
 
 def hub_id(location: str) -> tuple[str, str | None] | None:
-    """Returns (org/name, revision or None) of a Hub id; None for anything else and for an existing path."""
+    """Returns (org/name, revision) of a Hub id; None for anything else.
+
+    Args:
+        location: "org/name" or "org/name@revision". An existing path is not a Hub id
+    Returns: the revision is None if it is omitted.
+    """
     match = _HUB_ID.fullmatch(location)
     return None if match is None or Path(location).exists() else (match[1], match[2])
 

@@ -57,8 +57,10 @@ class Site:
 
 
 def bucket_of(config: AdapterConfig) -> Bucket:
-    """Returns the bucket that an adapter goes into.
+    """Returns the bucket of an adapter: its kind, and the smallest rank of RANKS that fits.
 
+    Args:
+        config: method and r are used
     Raises:
         AdapterError: a rank above 128.
     """
