@@ -23,14 +23,7 @@ FUSED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 @dataclass(frozen=True)
 class Device:
-    """A device.
-
-    Attributes:
-        name: a key of DEVICES
-        bandwidth: achievable memory bandwidth, bytes/s
-        flops: achievable FLOP/s of 16-bit matrix products
-        memory: bytes
-    """
+    """A device: achievable memory bandwidth (bytes/s), achievable FLOP/s of 16-bit matrix products, memory (bytes)."""
 
     name: str
     bandwidth: float
@@ -136,13 +129,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A set of requests that run at the same time.
+    """Requests that run at the same time and cycle through num_adapters adapters.
 
     Attributes:
-        num_adapters: adapters that the requests cycle through
-        num_requests: requests at once
-        prompt: tokens per prompt
-        output: generated tokens per request
+        prompt, output: tokens per request
         prefill_tokens: most tokens of one prefill forward
     """
 
@@ -265,9 +255,8 @@ class Planner:
         """Returns the seconds of one decode step.
 
         Args:
-            num_requests: tokens of the step
             context: mean tokens of KV per request
-            num_adapters: different all-token LoRAs, whose weights every step reads; 0 for PreFT and for the base
+            num_adapters: all-token LoRAs, whose weights every step reads; 0 for PreFT and for the base
         """
         kv = num_requests * context * self.shape.kv_bytes(self.element_bytes) / self.device.bandwidth
         arithmetic = 2 * self.shape.num_parameters * num_requests / self.device.flops

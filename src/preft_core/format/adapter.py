@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from preft_core.format.config import (
     FORMAT_VERSION,
     AdapterConfig,
     AdapterError,
+    Facts,
     config_faults,
     parse_config,
     read_config,
@@ -59,19 +60,6 @@ __all__ = [
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Module path -> leaf name -> shape."""
-
-
-class Facts(Protocol):
-    """The config fields that change what an adapter computes."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def r(self) -> int: ...
-    @property
-    def lora_alpha(self) -> float | None: ...
-    @property
-    def use_rslora(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -178,11 +166,10 @@ def fingerprint(config: Facts, tensors: Mapping[str, Tensor]) -> str:
         sha256(JSON of format_version, lora_alpha, method, r, use_rslora; then for each tensor, sorted by name:
                JSON of [name, dtype, shape], then its little-endian bytes)
 
-    It does not depend on the order in the file, on the device, or on fields that do not change the function.
+    Independent of the order in the file, and of config fields that do not change the function.
 
     Args:
-        config: the fields above are used
-        tensors: by name in the file, on any device
+        config, tensors: the tensors by name in the file, on any device
     """
     facts = {
         "format_version": FORMAT_VERSION,
@@ -206,7 +193,7 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
     Config, file header, names and shapes are checked before a tensor is allocated; values and fingerprint afterwards.
 
     Args:
-        directory: contains adapter_config.json and adapter_model.safetensors
+        directory: of adapter_config.json and adapter_model.safetensors
         check_values: check that all values are finite and, for loreft, that the rows of R are linearly independent
     Raises:
         AdapterError: a file that the format does not allow, a pickle, or a fingerprint that differs from the config's.
@@ -286,10 +273,8 @@ def publish_files(staging: Path, directory: Path) -> None:
     or none, which the config's fingerprint refuses. The weights get the config's file mode.
 
     Args:
-        staging: contains both files; the config must contain its fingerprint
+        staging: of both files; the config must contain its fingerprint
         directory: exists
-    Raises:
-        OSError: the files cannot be moved.
     """
     # safetensors 0.8 creates files that only their owner can read, and a server often runs as another user
     shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from preft_core.format.pattern import is_tame
 
@@ -24,6 +24,19 @@ class AdapterError(ValueError):
 
 class HubError(AdapterError):
     """The Hub, or the connection to it, failed: trying again later may help."""
+
+
+class Facts(Protocol):
+    """The config fields that change what an adapter computes."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def r(self) -> int: ...
+    @property
+    def lora_alpha(self) -> float | None: ...
+    @property
+    def use_rslora(self) -> bool: ...
 
 
 @dataclass(frozen=True)

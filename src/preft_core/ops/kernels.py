@@ -3,6 +3,47 @@
 Arguments come in the same order in both: pointers, numbers that may differ at every launch, strides (in elements),
 sizes, constants. A tile is a row (first, count, slot) of `Segments.tiles`: it covers the rows
 `rows[first : first + count]` of the batch, all of one slot. A tile with count 0 is unused.
+
+shrink_kernel: writes A x for the rows of each tile, in SPLIT parts whose sum is the result.
+
+        for first, count, slot in tiles:
+            x_tile = x[rows[first : first + count]]                                        # (count, D)
+            for p in range(SPLIT):
+                low[p, first : first + count] = x_tile[:, cut[p]] @ a[slot][:, cut[p]].T   # (count, C), float32
+
+    cut[p] are the blocks p, p + SPLIT, p + 2 SPLIT, ... of BLOCK_D columns. Grid: (tiles, blocks of C, SPLIT).
+
+    Args:
+        x_ptr: (T, D = width), any strides
+        a_ptr: (S, C = num_columns, D), contiguous within a slot. C is L * R: layers that share x lie one below the
+            other
+        low_ptr: (SPLIT, rows, C), float32, contiguous
+        rows_ptr, tiles_ptr: int32, of `Segments`
+        TILE_ROWS: most rows of a tile
+        BLOCK_C, BLOCK_D: columns of low per program, columns of x per step
+        WIDEN: converts the operands to float32 before the product
+
+expand_kernel: adds B (low + bias) to the output rows of each tile, for each of the NUM_PARTS layers that share low.
+
+        for first, count, slot in tiles:
+            row, low_tile = rows[first : first + count], low[:, first : first + count].sum(0)    # (count, L * R)
+            for l, columns in enumerate(the column slices of width_0, width_1, width_2):
+                output[row][:, columns] += (low_tile[:, l * R : (l + 1) * R] + bias[slot]) @ b[slot, columns].T
+
+    Grid: one dimension, tiles * spans, where a span is NUM_BLOCKS * BLOCK_N columns of one layer.
+
+    Args:
+        output_ptr: (T, N), any strides; N is the sum of the widths
+        low_ptr: (split, rows, L * R), float32, contiguous, as `shrink_kernel` writes it
+        b_ptr: (S, N, R), contiguous within a slot
+        bias_ptr: (S, R); any pointer without HAS_BIAS
+        rows_ptr, tiles_ptr: int32, of `Segments`
+        width_0, width_1, width_2: output columns of each layer, 0 from NUM_PARTS on
+        RANK, BLOCK_R: R, and R padded to what `tl.dot` takes
+        TILE_ROWS: most rows of a tile
+        BLOCK_N, NUM_BLOCKS, STAGES: output columns per step, steps per program, steps that are loaded ahead
+        WIDEN: multiplies in float32; otherwise in b's dtype
+        ADDS: adds to the output; otherwise overwrites it
 """
 
 import triton
@@ -34,25 +75,7 @@ def shrink_kernel(
     SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Writes A x for the rows of each tile, in SPLIT parts whose sum is the result.
-
-        for first, count, slot in tiles:
-            x_tile = x[rows[first : first + count]]                                        # (count, D)
-            for p in range(SPLIT):
-                low[p, first : first + count] = x_tile[:, cut[p]] @ a[slot][:, cut[p]].T   # (count, C), float32
-
-    cut[p] are the blocks p, p + SPLIT, p + 2 SPLIT, ... of BLOCK_D columns. Grid: (tiles, blocks of C, SPLIT).
-
-    Args:
-        x_ptr: (T, D = width), any strides
-        a_ptr: (S, C = num_columns, D), contiguous within a slot. C is L * R: layers that share x lie one below the
-            other
-        low_ptr: (SPLIT, rows, C), float32, contiguous
-        rows_ptr, tiles_ptr: int32, of `Segments`
-        TILE_ROWS: most rows of a tile
-        BLOCK_C, BLOCK_D: columns of low per program, columns of x per step
-        WIDEN: converts the operands to float32 before the product
-    """
+    """Writes A x for the rows of each tile, in SPLIT parts. See the module docstring."""
     first, count, slot = _tile(tiles_ptr + tl.program_id(0) * 3)
     if count == 0:
         return
@@ -137,28 +160,7 @@ def expand_kernel(
     WIDEN: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Adds B (low + bias) to the output rows of each tile, for each of the NUM_PARTS layers that share low.
-
-        for first, count, slot in tiles:
-            row, low_tile = rows[first : first + count], low[:, first : first + count].sum(0)    # (count, L * R)
-            for l, columns in enumerate(the column slices of width_0, width_1, width_2):
-                output[row][:, columns] += (low_tile[:, l * R : (l + 1) * R] + bias[slot]) @ b[slot, columns].T
-
-    Grid: one dimension, tiles * spans, where a span is NUM_BLOCKS * BLOCK_N columns of one layer.
-
-    Args:
-        output_ptr: (T, N), any strides; N is the sum of the widths
-        low_ptr: (split, rows, L * R), float32, contiguous, as `shrink_kernel` writes it
-        b_ptr: (S, N, R), contiguous within a slot
-        bias_ptr: (S, R); any pointer without HAS_BIAS
-        rows_ptr, tiles_ptr: int32, of `Segments`
-        width_0, width_1, width_2: output columns of each layer, 0 from NUM_PARTS on
-        RANK, BLOCK_R: R, and R padded to what `tl.dot` takes
-        TILE_ROWS: most rows of a tile
-        BLOCK_N, NUM_BLOCKS, STAGES: output columns per step, steps per program, steps that are loaded ahead
-        WIDEN: multiplies in float32; otherwise in b's dtype
-        ADDS: adds to the output; otherwise overwrites it
-    """
+    """Adds B (low + bias) to the output rows of each tile. See the module docstring."""
     # neighbouring programs take neighbouring columns, so that rows are read and written in long runs
     span = NUM_BLOCKS * BLOCK_N
     spans = tl.cdiv(width_0, span) + tl.cdiv(width_1, span) + tl.cdiv(width_2, span)

@@ -1,7 +1,4 @@
-"""The slot pool: some adapters on the device at fixed addresses, recently used ones on the host, the rest on disk.
-
-A slot is pinned while a forward may read it: for prefill-only adapters, until the prompt's last chunk has run.
-"""
+"""The slot pool: some adapters on the device, recently used ones on the host, the rest on disk."""
 
 import threading
 import time
@@ -39,8 +36,7 @@ class SlotPool:
         max_host_bytes: most bytes of packed copies on the host, in pinned memory if the device is a GPU; the least
             recently used are dropped. 0 reads an adapter from its source at each load
     Raises:
-        ValueError: a number of slots below 1, a bucket without a site, a negative max_host_bytes. All faults in one
-            message.
+        ValueError: fewer than 1 slot, a bucket without a site, a negative max_host_bytes. All faults in one message.
     """
 
     def __init__(
@@ -80,9 +76,8 @@ class SlotPool:
         """Registers an adapter. It is loaded on first use.
 
         Args:
-            name: unique in the pool, not "__base__"
-            config: of the adapter
-            source: called without arguments; returns the checked adapter
+            name, config: of the adapter; the name is unique in the pool
+            source: returns the checked adapter
         Raises:
             ValueError: the name is taken or "__base__", or the pool has no slot of the adapter's bucket.
         """
@@ -149,8 +144,6 @@ class SlotPool:
 
     def packed(self, name: str) -> Tensor:
         """Returns an adapter as one slot's row on the host; reads it from its source if there is no packed copy.
-
-        For a forward without a free slot, and to load and check an adapter before a forward needs it.
 
         Returns: (num_elements,) as in `Layout`, the pool's dtype, on the CPU. Not a copy: do not change it.
         Raises:
