@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage lint format test-tgi test-vllm bench clean
+.PHONY: demo test coverage lint format docs test-tgi test-vllm bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -32,6 +32,10 @@ test-tgi: .venv/dev.stamp
 
 test-vllm: .venv/dev.stamp
 	$(BIN)/pytest -m vllm -q
+
+# the site, in build/site; index.html opens from the disk too, but for its search
+docs: .venv/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/demo.stamp
 	$(BIN)/python -m benchmarks.run

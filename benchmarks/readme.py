@@ -1,4 +1,4 @@
-"""Writes the README's table from committed results: `python -m benchmarks.readme`."""
+"""Writes the tables of README, docs/explain/speed.md and docs/how-to/vllm.md: `python -m benchmarks.readme`."""
 
 import json
 from collections.abc import Iterable
@@ -7,20 +7,27 @@ from pathlib import Path
 from benchmarks.run import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
-PAGE = README.parent / "docs" / "serving.md"
-VLLM_PAGE = README.parent / "docs" / "vllm.md"
+PAGE = README.parent / "docs" / "explain" / "speed.md"
+VLLM_PAGE = README.parent / "docs" / "how-to" / "vllm.md"
 VLLM_START, VLLM_END = "<!-- vllm -->\n", "<!-- /vllm -->"
 GPU_START, GPU_END = "<!-- gpu -->\n", "<!-- /gpu -->"
 SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
 NAMES = {"base": "base model", "peft-lora": "PEFT LoRA", "lora-p": "LoRA-P", "direft-p": "DiReFT-P"}
 START, END = "<!-- results -->\n", "<!-- /results -->"
+MANY_START, MANY_END = "<!-- many -->\n", "<!-- /many -->"
+SINGLE_START, SINGLE_END = "<!-- single -->\n", "<!-- /single -->"
+HEADLINE_START, HEADLINE_END = "<!-- headline -->\n", "<!-- /headline -->"
+HEADLINE = {"model": "llama-3.1-8b", "rank": 16, "prompt": 64}
 
 
 def main() -> None:
     many, single = sorted(RESULTS.glob("many-adapters-*.json")), sorted(RESULTS.glob("cpu-*.json"))
-    put(README, START, END, map(many_section, many))
-    put(PAGE, START, END, page_sections(many, single))
-    put(PAGE, GPU_START, GPU_END, map(gpu_section, sorted(RESULTS.glob("serving-*.json"))))
+    measured = sorted(RESULTS.glob("serving-*.json"))
+    put(README, HEADLINE_START, HEADLINE_END, map(headline_section, measured))
+    put(PAGE, MANY_START, MANY_END, map(many_section, many))
+    put(PAGE, START, END, map(all_figures, many))
+    put(PAGE, SINGLE_START, SINGLE_END, map(section, single))
+    put(PAGE, GPU_START, GPU_END, map(gpu_section, measured))
     put(VLLM_PAGE, VLLM_START, VLLM_END, map(vllm_section, sorted(RESULTS.glob("vllm-*.json"))))
 
 
@@ -31,7 +38,7 @@ def put(page: Path, start: str, end: str, sections: Iterable[str]) -> None:
 
 
 def vllm_section(file: Path) -> str:
-    """Returns what docs/vllm.md shows of a run of benchmarks.vllm_engine."""
+    """Returns what docs/how-to/vllm.md shows of a run of benchmarks.vllm_engine."""
     report = json.loads(file.read_text())
     lines = ["| | decode, tokens/s | of base | quartiles | whole run, s |", "|---|---|---|---|---|"]
     for name, one in report["systems"].items():
@@ -49,8 +56,39 @@ def vllm_section(file: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def headline_section(file: Path) -> str:
+    """Returns what the README shows of a run of benchmarks.gpu: one model's shape, by the number of adapters."""
+    report = json.loads(file.read_text())
+    lines = [
+        "| adapters | decode step, all-token LoRA | decode step, LoRA-P and DiReFT-P | prompts, LoRA-P "
+        "| prompts, DiReFT-P | whole run, all-token LoRA / LoRA-P |",
+        "|---|---|---|---|---|---|",
+    ]
+    forwards = {_case(one): one["forward"]["median"] for one in report["forwards"]}
+    runs = {one["adapters"]: {} for one in report["serving"] if HEADLINE.items() <= one.items()}
+    for one in report["serving"]:
+        if HEADLINE.items() <= one.items():
+            runs[one["adapters"]][one["system"]] = one
+    for adapters, found in runs.items():
+        model, rank = HEADLINE["model"], HEADLINE["rank"]
+        base = forwards[model, rank, adapters, "base"]
+        step = found["all-token"]["step"]["median"] / found["base"]["step"]["median"]
+        prompts = [forwards[model, rank, adapters, name] / base for name in ("lora-p", "direft-p")]
+        whole = found["all-token"]["whole_s"] / found["lora-p"]["whole_s"]
+        cells = [str(adapters), f"{step:.2f}", "1.00", *(f"{ratio:.2f}" for ratio in prompts), f"{whole:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    one, made = next(iter(runs.values()))["base"], report["environment"]
+    versions = f"{made['device']}, torch {made['torch']}, triton {made['triton']}"
+    lines += [
+        "",
+        f"Times over the base model's. Random weights in the shape of {one['model']}, r={one['rank']}, {one['rows']} "
+        f"requests of {one['prompt']} + {one['steps']} tokens; {versions}. Command: `{made['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def gpu_section(file: Path) -> str:
-    """Returns what docs/serving.md shows of a run of benchmarks.gpu: prompts, decode steps and whole runs."""
+    """Returns what the page on speed shows of a run of benchmarks.gpu: prompts, decode steps and whole runs."""
     report = json.loads(file.read_text())
     lines = [
         "| model | r | adapters | prompts / base: LoRA-P | DiReFT-P | decode step / base: PreFT | all-token "
@@ -88,11 +126,6 @@ def _over(times: dict | None, base: dict) -> str:
         return ""
     ratio, low, high = (seconds / base["median"] for seconds in (times["median"], *times["quartiles"]))
     return f"{ratio:.3f} ({low:.3f} to {high:.3f})"
-
-
-def page_sections(many: list[Path], single: list[Path]) -> list[str]:
-    """Returns what docs/serving.md shows: every figure of many adapters, then what one attached adapter costs."""
-    return [*map(all_figures, many), "One attached adapter, against the base model:\n", *map(section, single)]
 
 
 def many_section(file: Path) -> str:

@@ -30,10 +30,11 @@ from preft_core.hub.source import find_adapter
 from preft_core.pool.layout import Site
 from tgi_patch.gateway.adapters import Fleet
 from tgi_patch.gateway.proxy import FrontDoor
-from tgi_patch.server import engine, layers
+from tgi_patch.server import layers
 from tgi_patch.server.registry import Registry
 from tgi_patch.server.routing import TICKET
-from tgi_patch.server.target_modules import Place
+from tgi_patch.server.shard import Shard
+from tgi_patch.server.target_modules import TargetModule
 from tgi_patch.settings import Settings
 
 SAID = {"generated_text": "said"}
@@ -79,9 +80,10 @@ def routing(num_adapters: int) -> dict[str, list[float]]:
         source = find_adapter(Path(folder) / "a")
         names = [f"a{i}" for i in range(num_adapters)]
         settings = Settings(adapters=dict.fromkeys(names, folder), slots=num_adapters)
-        registry = Registry([Place(torch.nn.Module(), site)], settings, "base", dict.fromkeys(names, source))
-        engine._Process.served = engine.Served(settings, "base", registry)
-        step = layers.generate_token(lambda self, batch: None)
+        registry = Registry([TargetModule(torch.nn.Module(), site)], settings, "base", dict.fromkeys(names, source))
+        shard = Shard(settings)
+        shard.registry = registry
+        step = layers.generate_token(shard, lambda self, batch: None)
         found = {}
         for label, size, prefilling in (
             ("decode step, 64 requests", 64, False),
@@ -107,7 +109,6 @@ def routing(num_adapters: int) -> dict[str, list[float]]:
                 step(None, batch)
                 times.append(time.perf_counter() - start)
             found[f"{label}, {num_adapters} adapters registered"] = times
-        engine._Process.served = None
         return found
 
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from datasets import Dataset
-from tiny import load
+from tiny import load, output_folder
 from trl import GRPOConfig, GRPOTrainer
 
 from preft_hf import PreftConfig
@@ -20,9 +20,14 @@ def brevity(completions: list[str], **others: Any) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
-    parser.add_argument("--output", default="preft-grpo")
+    parser.add_argument("--output", help="folder; default preft-grpo, with --smoke a temporary one")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and a few steps")
     options = parser.parse_args()
+    with output_folder(options.output, "preft-grpo", options.smoke) as output:
+        train(options, output)
+
+
+def train(options: argparse.Namespace, output: str) -> None:
     model, tokenizer = load(options.model, options.smoke)
     prompts = ["w1 w2 w3", "w4 w5"] if options.smoke else PROMPTS
     trainer = GRPOTrainer(
@@ -30,7 +35,7 @@ def main() -> None:
         peft_config=PreftConfig(method="lora", r=16, task_type="CAUSAL_LM"),
         # generation adapts the prompt and decodes with the base model; a vLLM server would merge the adapter instead
         args=GRPOConfig(
-            output_dir=options.output,
+            output_dir=output,
             learning_rate=1e-4,
             max_steps=2 if options.smoke else 100,
             per_device_train_batch_size=4,
@@ -47,8 +52,8 @@ def main() -> None:
     )
     check_trainer(trainer)
     trainer.train()
-    trainer.model.save_pretrained(options.output)
-    print(f"saved in {options.output}")
+    trainer.model.save_pretrained(output)
+    print(f"saved in {output}")
 
 
 if __name__ == "__main__":

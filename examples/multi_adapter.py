@@ -19,14 +19,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.adapters is None and not options.smoke:
         parser.error("--adapters is missing: give a manifest, or try --smoke")
+    if not options.smoke:
+        answer(options, options.adapters)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = {name: Path(folder) / name for name in ("one", "two")}
+        for path, method in zip(adapters.values(), ("lora", "direft"), strict=True):
+            get_peft_model(load("", True)[0], PreftConfig(method=method, r=4)).save_pretrained(path)
+        answer(options, adapters)
+
+
+def answer(options: argparse.Namespace, adapters: str | dict[str, Path]) -> None:
+    """Prints each adapter's answer to the prompt, and the base model's."""
     model, tokenizer = load(options.model, options.smoke)
     model.eval()
-    adapters = options.adapters
-    if options.smoke:
-        folder = Path(tempfile.mkdtemp())
-        for name, method in {"one": "lora", "two": "direft"}.items():
-            get_peft_model(load("", True)[0], PreftConfig(method=method, r=4)).save_pretrained(folder / name)
-        adapters = {name: folder / name for name in ("one", "two")}
     with PreftPool.from_pretrained(model, adapters, num_slots=64) as pool:
         names = [*pool.names(), "__base__"]
         prompt = "w1 w2 w3" if options.smoke else options.prompt

@@ -3,7 +3,7 @@
 import argparse
 
 from datasets import Dataset, load_dataset
-from tiny import load
+from tiny import load, output_folder
 from trl import SFTConfig, SFTTrainer
 
 from preft_hf import PreftConfig, expand_turns
@@ -26,11 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
     parser.add_argument("--data", help="JSONL")
-    parser.add_argument("--output", default="preft-sft")
+    parser.add_argument("--output", help="folder; default preft-sft, with --smoke a temporary one")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and a few steps")
     options = parser.parse_args()
     if options.data is None and not options.smoke:
         parser.error("--data is missing: give a JSONL file, or try --smoke")
+    with output_folder(options.output, "preft-sft", options.smoke) as output:
+        train(options, output)
+
+
+def train(options: argparse.Namespace, output: str) -> None:
     model, tokenizer = load(options.model, options.smoke)
     if options.smoke:
         data = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 1} w{i}"} for i in range(16)])
@@ -41,7 +46,7 @@ def main() -> None:
         # a prompt's tokens are adapted, a completion's are not, and the loss is on the completion
         peft_config=PreftConfig(method="lora", r=16, task_type="CAUSAL_LM"),
         args=SFTConfig(
-            output_dir=options.output,
+            output_dir=output,
             learning_rate=1e-3,
             max_steps=4 if options.smoke else -1,
             per_device_train_batch_size=4,
@@ -54,8 +59,8 @@ def main() -> None:
     )
     check_trainer(trainer)
     trainer.train()
-    trainer.model.save_pretrained(options.output)
-    print(f"saved in {options.output}")
+    trainer.model.save_pretrained(output)
+    print(f"saved in {output}")
 
 
 if __name__ == "__main__":

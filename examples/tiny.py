@@ -1,5 +1,9 @@
 """A tiny random model with a tokenizer of words, made in place: what the examples run on with --smoke."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -28,3 +32,13 @@ def load(name: str, smoke: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
     from transformers import AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def output_folder(asked: str | None, default: str, smoke: bool) -> Iterator[str]:
+    """Yields the folder that was asked for; if none was, the default, or with --smoke a temporary one."""
+    if asked is not None or not smoke:
+        yield asked or default
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder

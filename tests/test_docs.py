@@ -2,22 +2,31 @@
 
 import json
 import re
+import runpy
+import tomllib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import GenerationConfig
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from benchmarks import readme
 from preft_core.format.adapter import load_adapter
+from tests.core.hub.conftest import hub  # noqa: F401
 from tests.hf.cases import prompt
 from tests.hf.training.test_trainers import tokenizer
 from tests.hf.zoo import METHODS, make_base, make_preft
 
 ROOT = Path(__file__).parents[1]
+RAW = "raw.githubusercontent.com"
+# the tutorial's blocks run in tests/docs/test_tutorial.py, the others below
+RUN = {"explain/format", "get-started/tutorial", "how-to/hub", "how-to/train", "how-to/transformers"}
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def python_blocks(name: str) -> list[str]:
@@ -26,19 +35,30 @@ def python_blocks(name: str) -> list[str]:
 
 # peft and transformers call each other's old names
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_readmes_example(tmp_path, monkeypatch):
+def test_the_readmes_example(tmp_path, monkeypatch, capsys):
     make_base().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     (code,) = python_blocks("README.md")
-    assert len(code.splitlines()) <= 14
-    scope: dict[str, object] = {}
-    exec(code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "base")), scope)
+    lines = [line for line in code.splitlines() if line and not line.startswith(("import ", "from "))]
+    assert len(lines) <= 13
+    # the tiny tokenizer knows other words
+    for text, tiny in (
+        (MODEL, str(tmp_path / "base")),
+        ('"2 + 2 ="', '"w05 w06"'),
+        ('"2 + 2 = five"', '"w05 w06 w09"'),
+    ):
+        assert text in code
+        code = code.replace(text, tiny)
+    exec(code, {})
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 0.1
     assert isinstance(PeftModel.from_pretrained(make_base(), tmp_path / "my-adapter"), PeftModel)
 
 
 def test_the_training_example():
-    (code,) = python_blocks("docs/training.md")
+    (code,) = python_blocks("docs/how-to/train.md")
     ids = prompt()
     exec(code, {"base": make_base(), "ids": ids, "labels": ids.masked_fill(torch.arange(9) < 4, -100)})
 
@@ -48,7 +68,7 @@ def test_the_serving_examples(tmp_path):
     model = make_base()
     for seed, (name, method) in enumerate({"acme": "lora", "tax": "direft"}.items()):
         make_preft(make_base(), method, seed=seed).save_pretrained(tmp_path / name)
-    first, second = python_blocks("docs/serving.md")
+    first, second = python_blocks("docs/how-to/transformers.md")
     scope = {"model": model, "acme": tmp_path / "acme", "tax": tmp_path / "tax", "prompts": {"input_ids": prompt(3)}}
     exec(first.replace("pool.close()", ""), scope)
     assert scope["answers"].shape == (3, 9 + 16)  # type: ignore[attr-defined]
@@ -60,10 +80,35 @@ def test_the_serving_examples(tmp_path):
     assert [len(tokens) for tokens in scope["tokens"]] == [4, 4]  # type: ignore[attr-defined]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_hubs_examples(hub, tmp_path):  # noqa: F811
+    """Each line on its own: push, then the three ways of loading what was pushed."""
+    make_base().save_pretrained(tmp_path / "base")
+    model = make_preft(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    (code,) = python_blocks("docs/how-to/hub.md")
+    push, *loads = code.splitlines()
+    assert len(loads) == 3
+    scope = {"model": model, "PeftModel": PeftModel, "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM}
+    commit = eval(push.partition("#")[0], scope).commit
+    expected = model.generate(input_ids=prompt(), max_new_tokens=4)
+    for line in loads:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        loaded = eval(line.partition("#")[0].replace("0123abc", commit), scope | {"base": base})
+        served = base if line.startswith("base.") else loaded
+        tokens = served.eval().generate(input_ids=prompt(), max_new_tokens=4)
+        assert tokens.tolist() == expected.tolist(), line
+
+
+def test_every_page_with_python_is_run():
+    run = {"README.md", *(f"docs/{name}.md" for name in RUN)}
+    found = {str(file.relative_to(ROOT)) for file in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+    assert {name for name in found if python_blocks(name)} == run
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fingerprint_of_the_docs(tmp_path, method):
     make_preft(make_base(), method).save_pretrained(tmp_path)
-    (code,) = python_blocks("docs/format.md")
+    (code,) = python_blocks("docs/explain/format.md")
     scope: dict[str, object] = {}
     exec(code, scope)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -72,34 +117,58 @@ def test_the_fingerprint_of_the_docs(tmp_path, method):
 
 
 def test_links_point_at_files():
-    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
-            assert "://" in link or (file.parent / link).exists(), f"{file.name}: {link}"
-        for path in re.findall(r"`((?:src|tests|docs|benchmarks|preft_hf|preft_core)/[\w/]+\.\w+)`", file.read_text()):
+    """The README's links are absolute, so that they work on PyPI too; they name files of the main branch."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    places = urls["Repository"] + "/blob/main/", urls["Repository"].replace("github.com", RAW) + "/main/"
+    for file in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text()):
+            here = [link.removeprefix(place) for place in places if link.startswith(place)]
+            assert file.name != "README.md" or "://" in link
+            if here:
+                assert (ROOT / here[0]).exists(), f"{file.name}: {link}"
+            else:
+                assert "://" in link or (file.parent / link).exists(), f"{file.name}: {link}"
+        for path in re.findall(r"`((?:src|tests|docs|benchmarks|preft_\w+|tgi_patch)/[\w/]+\.\w+)`", file.read_text()):
             assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), f"{file.name}: {path}"
 
 
-def test_the_readmes_figures_are_the_committed_ones():
-    from benchmarks import readme
+def test_the_picture_is_what_its_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "scripts" / "draw_method.py"))
+    assert script["FILE"].read_text() == script["picture"]()
 
-    many, single = sorted(readme.RESULTS.glob("many-adapters-*.json")), sorted(readme.RESULTS.glob("cpu-*.json"))
-    right = {
-        "README.md": [readme.many_section(file) for file in many],
-        "docs/serving.md": readme.page_sections(many, single),
-    }
-    for name, sections in right.items():
-        shown = (ROOT / name).read_text().partition(readme.START)[2].partition(readme.END)[0]
-        assert shown == "\n".join(sections)
-        assert shown
-    measured = sorted(readme.RESULTS.glob("serving-*.json"))
-    shown = (ROOT / "docs/serving.md").read_text().partition(readme.GPU_START)[2].partition(readme.GPU_END)[0]
-    assert measured
-    assert shown == "\n".join(map(readme.gpu_section, measured))
-    case = {"model": "llama-3.1-8b", "rank": 16, "adapters": 512, "prompt": 64}
-    runs = json.loads(measured[0].read_text())["serving"]
-    steps = {run["system"]: run["step"]["median"] for run in runs if case.items() <= run.items()}
-    assert f"LoRA takes {steps['all-token'] / steps['base']:.2f} times the base's" in (ROOT / "README.md").read_text()
-    measured = sorted(readme.RESULTS.glob("vllm-*.json"))
-    shown = (ROOT / "docs/vllm.md").read_text().partition(readme.VLLM_START)[2].partition(readme.VLLM_END)[0]
-    assert measured
-    assert shown == "\n".join(map(readme.vllm_section, measured))
+
+def shown(name: str, start: str, end: str) -> str:
+    return (ROOT / name).read_text().partition(start)[2].partition(end)[0]
+
+
+def test_the_figures_are_the_committed_ones():
+    many, single, serving, vllm = (
+        sorted(readme.RESULTS.glob(f"{name}-*.json")) for name in ("many-adapters", "cpu", "serving", "vllm")
+    )
+    page = "docs/explain/speed.md"
+    for name, start, end, section, files in (
+        ("README.md", readme.HEADLINE_START, readme.HEADLINE_END, readme.headline_section, serving),
+        (page, readme.MANY_START, readme.MANY_END, readme.many_section, many),
+        (page, readme.START, readme.END, readme.all_figures, many),
+        (page, readme.SINGLE_START, readme.SINGLE_END, readme.section, single),
+        (page, readme.GPU_START, readme.GPU_END, readme.gpu_section, serving),
+        ("docs/how-to/vllm.md", readme.VLLM_START, readme.VLLM_END, readme.vllm_section, vllm),
+    ):
+        assert files
+        assert shown(name, start, end) == "\n".join(map(section, files))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/explain/speed.md"])
+def test_the_headline_is_the_measured_one(name):
+    (file,) = readme.RESULTS.glob("serving-*.json")
+    text = " ".join((ROOT / name).read_text().split())
+    runs: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for run in json.loads(file.read_text())["serving"]:
+        if run["model"] == "llama-3.1-8b":
+            runs.setdefault((run["adapters"], run["prompt"]), {})[run["system"]] = run
+    step = runs[512, 64]["all-token"]["step"]["median"] / runs[512, 64]["base"]["step"]["median"]
+    assert f"all-token LoRA takes {step:.2f} times the base model's step" in text
+    for adapters in (32, 512):
+        found = [runs[adapters, prompt] for prompt in (64, 128)]
+        least, most = sorted(run["all-token"]["whole_s"] / run["lora-p"]["whole_s"] for run in found)
+        assert f"{least:.2f} to {most:.2f} times" in text

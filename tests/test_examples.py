@@ -15,11 +15,13 @@ from tests.hf.zoo import make_base
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(place: Path, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(
+    place: Path, name: str, *arguments: object, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)],
         cwd=place,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
         capture_output=True,
         text=True,
     )
@@ -30,15 +32,35 @@ def has_learned(adapter: Path) -> bool:
     return any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "preft_B" in name)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "multi_adapter"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_the_example_runs(name, tmp_path):
-    arguments = [] if name == "multi_adapter" else ["--output", tmp_path / "out"]
-    done = run(tmp_path, name, "--smoke", *arguments)
+    done = run(tmp_path, name, "--smoke", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert has_learned(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "multi_adapter"])
+def test_the_smoke_run_leaves_nothing(name, tmp_path):
+    """Neither in the current folder, nor in the temporary one, nor in the checkout."""
+    work, temporary = tmp_path / "work", tmp_path / "temporary"
+    work.mkdir()
+    temporary.mkdir()
+    before = files_of(EXAMPLES.parent)
+    # a cache of torch's that outlives the process
+    environment = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = run(work, name, "--smoke", environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     if name == "multi_adapter":
         assert [line.partition(":")[0] for line in done.stdout.splitlines()[:3]] == ["one", "two", "__base__"]
-    else:
-        assert has_learned(tmp_path / "out")
+    assert list(work.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+    assert files_of(EXAMPLES.parent) == before
+
+
+def files_of(checkout: Path) -> list[Path]:
+    """Returns what stands in the checkout's folder and in its examples, without caches."""
+    found = [*checkout.iterdir(), *EXAMPLES.rglob("*")]
+    return sorted(path for path in found if "cache" not in str(path.relative_to(checkout)))
 
 
 def test_sft_reads_messages(tmp_path):

@@ -37,7 +37,7 @@ MAY_IMPORT = {
 # package -> its folders and files from the ground up; each imports itself and what stands below it
 FLOORS = {
     "preft_core": [
-        {"orthonormal", "seam"},
+        {"orthonormal", "seam", "plots"},
         {"rule", "format"},
         {"ops", "hub"},
         {"pool"},

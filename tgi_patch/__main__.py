@@ -1,10 +1,9 @@
-"""`python -m tgi_patch list | check | server | serve`, see docs/tgi.md."""
+"""`python -m tgi_patch list | check | server | serve`, see docs/how-to/tgi.md."""
 
 import argparse
-import os
 import sys
 
-from preft_core.seam import check
+from preft_core.seam import check_sources
 from tgi_patch import launch, patches
 
 
@@ -35,10 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check() -> int:
-    for name, value in {"ATTENTION": "paged", "PREFIX_CACHING": "0"}.items():
-        # TGI's modules want them when they are imported
-        os.environ.setdefault(name, value)
-    faults = check(patches.ALL)
+    faults = check_sources(patches.ALL)
     if faults:
         print(f"{len(faults)} of {len(patches.ALL)} entries do not fit the installed TGI:", file=sys.stderr)
         for fault in faults:

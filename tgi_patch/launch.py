@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from preft_core.seam import Applied, apply
 from tgi_patch import patches
-from tgi_patch.server import engine
+from tgi_patch.server.shard import Shard
 from tgi_patch.settings import Settings, SettingsError, check_prefix_caching, read_settings
 
 
 def server(arguments: Sequence[str] | None = None) -> None:
-    """Runs TGI's own command line. `serve` runs with the seams; every other command is TGI's as it is.
+    """Runs TGI's command line. `serve` runs with the seams applied; other commands are unchanged.
 
     With PREFT_DISABLE=1 nothing is patched.
 
     Raises:
-        SystemExit: settings that cannot be used, or a server that the seams do not fit.
+        SystemExit: invalid settings, or another TGI than the seams were made for.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["serve"]:
@@ -35,11 +35,9 @@ def patch(settings: Settings) -> Applied:
     """Applies the seams in this process, before TGI loads a model.
 
     Raises:
-        PatchError: the server is not TGI 3.3.7 as it was read; nothing is patched.
+        PatchError: the installed TGI differs from 3.3.7; nothing is patched.
         SettingsError: PREFIX_CACHING is on.
     """
     if settings.active:
         check_prefix_caching(os.environ.get("PREFIX_CACHING", ""))
-    applied = apply(patches.ALL)
-    engine.configure(settings)
-    return applied
+    return apply(patches.bound_to(Shard(settings)))

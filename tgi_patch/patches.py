@@ -1,10 +1,14 @@
-"""The table of seams for TGI 3.3.7: what is replaced or relied on, the digest of what was read, and why.
+"""The seams for TGI 3.3.7: functions that are replaced or relied on, the digest of their source, and why.
 
-`python -m tgi_patch check` compares a server with it. A server whose sources differ is not patched at all.
+`python -m tgi_patch check` compares the installed TGI with it. If a source differs, nothing is patched.
 """
+
+from dataclasses import replace
+from functools import partial
 
 from preft_core.seam import Seam
 from tgi_patch.server import layers
+from tgi_patch.server.shard import Shard
 
 _S = "text_generation_server"
 _BATCH = f"{_S}.models.flash_causal_lm:FlashCausalLMBatch"
@@ -24,19 +28,19 @@ SEAMS = (
         f"{_BATCH}.from_tokenized",
         "b8479ed26e5f57fc",
         layers.from_tokenized,
-        "A request's adapter is resolved before its batch exists; TGI would serve an unknown one as the base model.",
+        "Resolves a request's adapter before its batch exists; TGI serves an unknown one as the base model.",
     ),
     Seam(
         f"{_MODEL}.generate_token",
         "e218dd8775cec06a",
         layers.generate_token,
-        "One route per prefill forward replaces the metadata that TGI builds over all adapters at every step.",
+        "One route per prefill forward instead of metadata over all adapters at every step.",
     ),
     Seam(
         f"{_MODEL}.warmup",
         "d0eee8f3304311e9",
         layers.warmup,
-        "The memory of adapted prefill is measured before what is left becomes the KV cache.",
+        "The memory of an adapted prefill is measured before the KV cache is sized.",
     ),
     Seam(
         f"{_MODEL}.forward",
@@ -63,7 +67,7 @@ SEAMS = (
         "An all-token LoRA with options that TGI ignores is refused at start (fix options).",
     ),
 )
-"""What is replaced."""
+"""What is replaced. `bound_to` gives the replacements the shard that they call."""
 
 RELIED_ON = tuple(
     Seam(target, digest, None, why)
@@ -72,51 +76,75 @@ RELIED_ON = tuple(
         (
             f"{_BATCH}.filter",
             "29f2947d3968cc45",
-            "It carries the object that an adapter is held on.",
+            "It keeps the stopping criteria, which carry the tickets.",
         ),
         (
             f"{_BATCH}.concatenate",
             "2650ae7d1ba8ffec",
-            "It carries the object that an adapter is held on.",
+            "It keeps the stopping criteria, which carry the tickets.",
         ),
         (
             f"{_S}.utils.tokens:StoppingCriteria.__init__",
             "2d36c6733a07dbbd",
-            "The object that an adapter is held on.",
+            "Carries a request's ticket.",
         ),
-        (f"{_LORA}:LoraLinear.forward_layer_type", "ce6828851dc68707", "Our row layer calls it."),
+        (f"{_LORA}:LoraLinear.forward_layer_type", "ce6828851dc68707", "The replaced row layer calls it."),
         (
             f"{_S}.layers.tensor_parallel:TensorParallelRowLinear.forward",
             "996397ab29e34bd9",
-            "It can leave out the sum.",
+            "reduce=False leaves out the sum over shards.",
         ),
         (
             f"{_S}.server:TextGenerationService.Prefill",
             "9c058dad934dc10d",
-            "A fault in from_pb leaves its cache alone.",
+            "An error in from_pb leaves its cache unchanged.",
         ),
-        (f"{_CUSTOM}.flash_llama_modeling:FlashLlamaLayer.forward", "93e790cd7126c0da", "Stream: the sum of two."),
-        (f"{_CUSTOM}.flash_mistral_modeling:MistralLayer.forward", "56f0b0a086ee001b", "Stream: the sum of two."),
-        (f"{_CUSTOM}.flash_qwen2_modeling:Qwen2Layer.forward", "5ba78179e6c3325a", "Returns the stream."),
+        (
+            f"{_CUSTOM}.flash_llama_modeling:FlashLlamaLayer.forward",
+            "93e790cd7126c0da",
+            "Returns two tensors whose sum is the residual stream.",
+        ),
+        (
+            f"{_CUSTOM}.flash_mistral_modeling:MistralLayer.forward",
+            "56f0b0a086ee001b",
+            "Returns two tensors whose sum is the residual stream.",
+        ),
+        (f"{_CUSTOM}.flash_qwen2_modeling:Qwen2Layer.forward", "5ba78179e6c3325a", "Returns the residual stream."),
         (
             f"{_CUSTOM}.flash_gemma2_modeling:FlashGemma2Layer.forward",
             "5f5d3ae1ac54965f",
-            "Stream: the sum of two.",
+            "Returns two tensors whose sum is the residual stream.",
         ),
         (
             f"{_CUSTOM}.flash_gemma3_modeling:FlashGemma3Layer.forward",
             "17d33315ddcb3545",
-            "Stream: the sum of two.",
+            "Returns two tensors whose sum is the residual stream.",
         ),
-        (f"{_CUSTOM}.flash_llama_modeling:load_attention", "b35531213cca85ab", "Names and widths."),
-        (f"{_CUSTOM}.flash_qwen2_modeling:load_attention", "e5cd91d40e1b408e", "Names and widths."),
+        (
+            f"{_CUSTOM}.flash_llama_modeling:load_attention",
+            "b35531213cca85ab",
+            "Names and widths of the packed layer.",
+        ),
+        (
+            f"{_CUSTOM}.flash_qwen2_modeling:load_attention",
+            "e5cd91d40e1b408e",
+            "Names and widths of the packed layer.",
+        ),
         (
             f"{_CUSTOM}.flash_starcoder2_modeling:load_attention",
             "7684235bbca0d393",
-            "Names and widths.",
+            "Names and widths of the packed layer.",
         ),
     )
 )
-"""What stays and must be as it was read."""
+"""What stays, and must have this source."""
 
 ALL = (*SEAMS, *RELIED_ON)
+
+
+def bound_to(shard: Shard) -> tuple[Seam, ...]:
+    """Returns the table with replacements that call this shard, as `preft_core.seam.apply` takes it."""
+    return tuple(
+        seam if seam.replacement is None else replace(seam, replacement=partial(seam.replacement, shard))
+        for seam in ALL
+    )

@@ -3,7 +3,7 @@
 Parts: sft (methods and ranks by task), short (fewer steps), distill, turns (conversations), rl (GRPO), helps (settings
 of LoRA-P). Ctrl-C stops it; the same command goes on where it stopped. Results: a JSON file per device and part in
 --results.
-`python -m benchmarks.quality.report` writes docs/quality.md from the committed ones.
+`python -m benchmarks.quality.report` writes docs/explain/quality-data.md from the committed ones.
 """
 
 import argparse

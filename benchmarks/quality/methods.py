@@ -9,7 +9,6 @@ from preft_hf import PreftConfig
 
 METHODS = ("lora", "lora-p", "direft-p")
 NAMES = {"lora": "all-token LoRA", "lora-p": "LoRA-P", "direft-p": "DiReFT-P"}
-COLOURS = {"lora": "#666666", "lora-p": "#1f77b4", "direft-p": "#d62728"}
 RANKS = (1, 4, 16, 64)
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 

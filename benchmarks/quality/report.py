@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/quality.md from committed results: `python -m benchmarks.quality.report`."""
+"""Writes docs/explain/quality-data.md's tables and plots from results: `python -m benchmarks.quality.report`."""
 
 import json
 import math
@@ -8,18 +8,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks.quality.intervals import difference, each_row_alike, interval
-from benchmarks.quality.methods import COLOURS, METHODS, NAMES, RANKS
-from benchmarks.quality.report_parts import TABLES, short_runs
+from benchmarks.quality.methods import METHODS, NAMES, RANKS
+from benchmarks.quality.report_parts import PLOT_SOURCE, TABLES, short_runs
 from benchmarks.quality.store import RESULTS
+from preft_core import plots
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "quality.md"
+PAGE = ROOT / "docs" / "explain" / "quality-data.md"
 IMAGES = ROOT / "docs" / "images"
 # the device of most runs; a rank of a task may come from another one
 MAIN = "cpu"
+RANK_OF_CURVES = 16
 BEGIN, END = "<!-- {} -->", "<!-- end -->"
 
 Runs = list[dict[str, Any]]
@@ -41,14 +41,14 @@ def main() -> None:
         made_on += in_float32(runs, "rank", data["runs"].get(f"part=base task={task} dtype=float32"))
         page = replaced(page, f"{MAIN} {task} rank", rank_table(runs, base, made_on))
         page = replaced(page, f"{MAIN} {task} distance", distance_table(runs, base, short_runs(short, task)))
-        plot(runs, base, task, IMAGES / f"quality-{MAIN}-{task}.png")
+        plot(runs, base, task, IMAGES / f"quality-{MAIN}-{task}")
     for mark, (part, table, draw) in TABLES.items():
         for device, data in parts[part].items():
             made_on = where(data) + in_float32(list(data["runs"].values()), "seed")
             runs = with_row_tokens(data["runs"], full.get(device, {"runs": {}})["runs"])
             page = replaced(page, f"{device} {mark}", [made_on, "", *table(runs)])
             if draw is not None:
-                draw(runs, IMAGES / f"quality-{device}-{part}.png")
+                draw(runs, IMAGES / f"quality-{device}-{part}")
     PAGE.write_text(page)
 
 
@@ -183,45 +183,48 @@ def replaced(page: str, name: str, lines: Sequence[str]) -> str:
 
 
 def plot(runs: Runs, base: dict[str, Any], title: str, file: Path) -> None:
-    """Draws loss by rank, gain by distance and training curves."""
-    dashed = "; dashed: stopped early" if _stopped_early(runs) else ""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    """Draws loss by rank, gain by distance from the prompt, and training curves: means and range over seeds."""
+    early_runs = _stopped_early(runs)
+    figure = plots.new_figure(13, 3.8)
     by_rank, by_distance, curves = figure.subplots(1, 3)
     ranks = sorted({run["rank"] for run in runs})
     firsts = [first for first, (_, count) in base["by_distance"].items() if count >= 50]
+    distances = [int(first) for first in firsts]
     for method in METHODS:
-        style = {"color": COLOURS[method], "label": NAMES[method]}
         present = [rank for rank in ranks if _of(runs, method, rank)]
-        by_rank.plot(present, [_mean(_of(runs, method, r), lambda run: run["loss"]) for r in present], "o-", **style)
-        for run in (run for run in runs if run["method"] == method):
-            by_rank.plot(run["rank"], run["loss"], ".", color=COLOURS[method], alpha=0.4)
-        found = _of(runs, method, 16) or [run for run in runs if run["method"] == method]
-        early = _of(_stopped_early(runs), method, 16)
-        for those, line in ((found, {"marker": "o", **style}), (early, {"linestyle": "--", "color": COLOURS[method]})):
+        losses = [[run["loss"] for run in _of(runs, method, rank)] for rank in present]
+        means = [statistics.fmean(found) for found in losses]
+        plots.draw(by_rank, method, present, means, [(min(found), max(found)) for found in losses])
+        found = _of(runs, method, RANK_OF_CURVES) or [run for run in runs if run["method"] == method]
+        early = _of(early_runs, method, RANK_OF_CURVES)
+        for those, line in ((found, "-"), (early, "--")):
             if those:
                 gains = [_mean(those, lambda run, first=first: _gain(run, base, first)) for first in firsts]
-                by_distance.plot([int(first) for first in firsts], gains, **line)
+                plots.draw(by_distance, method, distances, gains, label=None if line == "-" else "", linestyle=line)
         steps = range(len(found[0]["train_curve"]))
-        curves.plot(
-            [10 * step for step in steps],
-            [_mean(found, lambda run, step=step: run["train_curve"][step]) for step in steps],
-            **style,
-        )
-    for axes, x, y in (
-        (by_rank, "rank", "held-out loss, nats a token"),
-        (by_distance, f"distance from the prompt, tokens (r=16{dashed})", "gain over base, nats a token"),
-        (curves, "step (r=16)", "training loss"),
-    ):
-        axes.set(xlabel=x, ylabel=y)
-        axes.grid(alpha=0.3)
-    by_rank.set_xscale("log", base=4)
-    by_rank.set_xticks(ranks, labels=[str(rank) for rank in ranks])
-    by_distance.set_xscale("log", base=2)
-    curves.set_yscale("log")
-    by_rank.legend()
-    figure.suptitle(title)
-    file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, dpi=110)
+        values = [_mean(found, lambda run, step=step: run["train_curve"][step]) for step in steps]
+        plots.draw(curves, method, [10 * step for step in steps], values, marker="")
+    dashed = "; dashed: stopped early" if early_runs else ""
+    nats = "nats per token"
+    best = _best(runs)
+    plots.finish_axes(by_rank, f"{title}: lowest loss by {best}", "rank", f"held-out loss, {nats}", log_x=ranks)
+    plots.finish_axes(
+        by_distance,
+        f"Gain by distance, rank {RANK_OF_CURVES}",
+        f"distance from the prompt, tokens{dashed}",
+        f"gain over base, {nats}",
+        log_x=distances,
+    )
+    plots.finish_axes(
+        curves, f"Training, rank {RANK_OF_CURVES}", "step", f"training loss, {nats}", log_y=(0.2, 0.3, 0.5, 1, 2, 3, 5)
+    )
+    plots.save(figure, file, PLOT_SOURCE)
+
+
+def _best(runs: Runs) -> str:
+    """Returns the name of the method with the lowest mean loss at any rank."""
+    losses = [(statistics.fmean(run["loss"] for run in found), method) for method, _, found in _groups(runs)]
+    return NAMES[min(losses)[1]]
 
 
 def _at(runs: Runs, rank: int) -> Runs:

@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks.quality.distill import CONVERSION, STUDENTS
 from benchmarks.quality.helps import VARIANTS
 from benchmarks.quality.intervals import difference, each_row_alike, interval
-from benchmarks.quality.methods import COLOURS, NAMES
+from benchmarks.quality.methods import NAMES
 from benchmarks.quality.prompts import FORMS, PLAIN
 from benchmarks.quality.short import FORMED, TASKS
 from benchmarks.quality.turns import CACHED, FRESH, WAYS
+from preft_core import plots
+
+PLOT_SOURCE = "SmolLM2-135M-Instruct, means and range over seeds; python -m benchmarks.quality"
 
 Runs = dict[str, dict[str, Any]]
 
@@ -124,8 +125,9 @@ def _at_best_rate(runs: Runs, variant: str) -> list[dict[str, Any]]:
 
 def rl_plot(runs: Runs, file: Path) -> None:
     """Draws the reward of each run, smoothed over five steps, and the mean over seeds."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = plots.new_figure(6.5, 3.8)
     axes = figure.subplots()
+    last = {}
     for method in NAMES:
         curves = [
             _smoothed(run["curve"]["reward"])
@@ -133,14 +135,14 @@ def rl_plot(runs: Runs, file: Path) -> None:
             if key.startswith("part=rl") and run["method"] == method
         ]
         for curve in curves:
-            axes.plot(range(1, len(curve) + 1), curve, color=COLOURS[method], alpha=0.3)
+            plots.draw(axes, method, range(1, len(curve) + 1), curve, label="", marker="", alpha=0.3)
         if curves:
             mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-            axes.plot(range(1, len(mean) + 1), mean, color=COLOURS[method], label=NAMES[method])
-    axes.set(xlabel="GRPO step", ylabel="share of right fields")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=110)
+            plots.draw(axes, method, range(1, len(mean) + 1), mean, marker="")
+            last[method] = mean[-1]
+    ends = ", ".join(f"{NAMES[method]} {value:.2f}" for method, value in last.items())
+    plots.finish_axes(axes, f"GRPO ends at: {ends}", "GRPO step", "share of right fields")
+    plots.save(figure, file, f"{PLOT_SOURCE} --parts rl; thin lines: single seeds")
 
 
 # by mark on the page: the part whose results it shows, its table and its plot

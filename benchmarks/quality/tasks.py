@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from preft_hf.demo.cities import ATTRIBUTION, Row, city_rows
-from preft_hf.training.data import Sample, Turn, encode_turns
+from preft_hf.training.data import Sample, encode_turns
+from preft_hf.training.turns import Turn
 
 NUM_TEST = 256
 NUM_VALIDATION = 64

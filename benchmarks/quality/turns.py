@@ -16,7 +16,8 @@ from benchmarks.quality.store import Result, Store
 from preft_hf import expand_turns
 from preft_hf.demo.cities import city_rows
 from preft_hf.forward.labels import IGNORED_LABEL
-from preft_hf.training.data import Sample, Turn, encode_turns
+from preft_hf.training.data import Sample, encode_turns
+from preft_hf.training.turns import Turn
 
 NUM_TURNS = 3
 NUM_TEST = 96

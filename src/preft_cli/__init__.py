@@ -1,1 +1,1 @@
-"""The command `preft`, apart from preft_hf, whose import takes seconds that `preft --help` should not."""
+"""The command `preft`. It imports preft_hf only when a command needs it, so that `preft --help` is fast."""

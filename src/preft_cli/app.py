@@ -1,4 +1,4 @@
-"""`preft ...`: a thin face on the package. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C."""
+"""The command line `preft`. Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from preft_cli import distillation, doctor, hub
 from preft_cli.options import Method, Precision, quiet
 from preft_core.format.config import HubError
 
-HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dropped for decoding.
+HELP = """Prefill-only finetuning: adapters that act on prompt tokens only; decoding runs the base model.
 
 \b
     preft demo          train, save, load and check an adapter on a real small model
@@ -28,11 +28,22 @@ HELP = """Prefill-only finetuning: adapters that act on prompt tokens and are dr
 Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C. PREFT_DEBUG=1 shows tracebacks.
 """
 
-app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is a sentence on stderr. PREFT_DEBUG=1 shows the traceback."""
+    """Runs the command line. An error is one sentence on stderr; PREFT_DEBUG=1 shows the traceback.
+
+    OpenMP threads wait passively, unless OMP_WAIT_POLICY is set: spinning ones slow down a CPU that is shared.
+    """
+    # read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:
@@ -52,6 +63,23 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"preft {version('preft-hf')}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Takes the options that stand before the command."""
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for adapter, plot and summary.")] = Path("preft-demo"),
@@ -59,11 +87,11 @@ def demo(
     method: Annotated[Method, typer.Option(help="LoRA-P, DiReFT-P or LoReFT.")] = Method.lora,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of data order and adapter.")] = 0,
-    eval_rows: Annotated[int, typer.Option(min=1, help="Cities that are held out and answered.")] = 48,
+    eval_rows: Annotated[int, typer.Option(min=1, help="Number of held-out cities to answer.")] = 48,
 ) -> None:
-    """Finetune SmolLM2-135M on city cards, load the adapter in a fresh process, and look at what decoding runs.
+    """Finetune SmolLM2-135M on city cards, load the adapter in a new process, and count the operations of decoding.
 
-    Takes about two minutes on two CPU cores once the model is there. The first time it fetches the model (93 MB).
+    Takes about two minutes on two CPU cores. The first run also downloads the model (93 MB).
     """
     quiet()
     from preft_hf.demo.run import DemoPlan, run_demo
@@ -75,7 +103,7 @@ def demo(
 @app.command()
 def train(
     model: Annotated[str, typer.Option(help='Base model: Hub id or folder, or "demo" for the demo\'s.')],
-    data: Annotated[Path, typer.Option(help="JSONL, rows of prompt and response, or of messages.")],
+    data: Annotated[Path, typer.Option(help="JSONL file with prompt and response, or messages, in each row.")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter and its checkpoints.")],
     method: Annotated[Method, typer.Option(help="LoRA-P, DiReFT-P or LoReFT.")] = Method.lora,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
@@ -85,21 +113,25 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW; 3e-3 suits rank 16 at 135 M parameters.")] = 1e-3,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the data.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
-    max_length: Annotated[int, typer.Option(min=2, help="Longest row, tokens; longer ones are left out.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest row in tokens; longer rows are skipped.")] = 1024,
     eval_split: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of rows held out.")] = 0.1,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: at the end.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of split, order and adapter.")] = 0,
     dtype: Annotated[
-        Precision, typer.Option(help="Base model's numbers; 16 bits are slow on most CPUs.")
+        Precision, typer.Option(help="Data type of the base model; 16 bits are slow on most CPUs.")
     ] = Precision.float32,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")] = False,
+    base_name: Annotated[
+        str | None, typer.Option(help="Hub id of the base model for the adapter's config, if --model is a folder.")
+    ] = None,
 ) -> None:
     """Finetune a prefill-only adapter.
 
-    The prompt is adapted, the response is base, and the loss is on the response. Rows of messages become one sample
-    for each assistant turn. Ctrl-C stops after the running step with a checkpoint; --resume goes on from it.
+    The adapter acts on the prompt, the base model reads the response, and the loss is on the response. A row of
+    messages becomes one sample for each assistant turn. Ctrl-C stops after the current step and writes a checkpoint;
+    --resume continues from it.
 
     \b
         {"prompt": "Tumbes, PE, 96946", "response": "TUMBES / Peru ~ 97k"}
@@ -111,7 +143,7 @@ def train(
 
     options = FinetuneOptions(
         model, data, output, method.value, rank, alpha, lr, steps, epochs, batch_size, max_length, eval_split,
-        eval_every, save_every, seed, dtype.value, resume,
+        eval_every, save_every, seed, dtype.value, resume, base_name,
     )  # fmt: skip
     if not finetune(options, Console()):
         raise typer.Exit(130)
@@ -120,15 +152,15 @@ def train(
 @app.command()
 def generate(
     adapter: Annotated[Path, typer.Option(help="Folder of a saved adapter.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt; without it, it is read from standard input.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model, if not the one in the adapter's config.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Write the prompt as a user's message.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    prompt: Annotated[str | None, typer.Option(help="The prompt. Default: standard input.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model. Default: the one in the adapter's config.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Format the prompt with the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    base: Annotated[bool, typer.Option("--base", help="Answer without the adapter, to compare.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Run without the adapter, to compare.")] = False,
 ) -> None:
-    """Answer a prompt with an adapter: the prompt is adapted, the answer is decoded by the base model."""
+    """Generate a response: the adapter acts on the prompt, and the base model decodes."""
     quiet()
     from preft_hf.training.train_run import stream_answer
 
@@ -142,9 +174,9 @@ def inspect(
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the Hub.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check an adapter and say what it is: method, layers, size, norms, base model, fingerprint.
+    """Check an adapter and show its method, layers, size, norms, base model and fingerprint.
 
-    Of an adapter on the Hub only the config and the header of the weights are read; nothing else is downloaded.
+    For an adapter on the Hub, only its config and the header of its weights are downloaded.
     """
     from preft_cli.inspection import facts_of, remote_facts_of, show_facts
     from preft_core.hub.source import hub_id
@@ -165,21 +197,23 @@ def plan(
     method: Annotated[str, typer.Option(help="lora, direft or both.")] = "both",
     rank: Annotated[int, typer.Option(help="Rank of the adapters, 1 to 128.")] = 16,
     linears: Annotated[str, typer.Option(help="all-linear, attention, mlp or qv; for LoRA-P.")] = "all-linear",
-    adapters: Annotated[int, typer.Option(help="Adapters in use.")] = 512,
-    requests: Annotated[int, typer.Option(help="Requests that run at once.")] = 512,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
-    output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
-    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens of one forward.")] = 8192,
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
-    element_bytes: Annotated[int, typer.Option(min=1, max=4, help="Bytes of a weight.")] = 2,
-    fused: Annotated[bool, typer.Option("--fused", help="No activation traffic of its own.")] = False,
-    bandwidth: Annotated[float | None, typer.Option(help="GB/s, in place of the GPU's.")] = None,
-    tflops: Annotated[float | None, typer.Option(help="TFLOP/s, in place of the GPU's.")] = None,
-    memory: Annotated[float | None, typer.Option(help="GB, in place of the GPU's.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the ratio over the adapters into this PNG.")] = None,
+    adapters: Annotated[int, typer.Option(help="Number of adapters in use.")] = 512,
+    requests: Annotated[int, typer.Option(help="Number of concurrent requests.")] = 512,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens per request.")] = 256,
+    output: Annotated[int, typer.Option(help="Output tokens per request.")] = 256,
+    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens per prefill forward.")] = 8192,
+    tensor_parallel: Annotated[int, typer.Option(help="Number of GPUs of tensor parallelism.")] = 1,
+    element_bytes: Annotated[int, typer.Option(min=1, max=4, help="Bytes per weight.")] = 2,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Assume fused adapter kernels: no extra activation traffic.")
+    ] = False,
+    bandwidth: Annotated[float | None, typer.Option(help="Memory bandwidth in GB/s, instead of the GPU's.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="Compute in TFLOP/s, instead of the GPU's.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory in GB, instead of the GPU's.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the ratio over the number of adapters to this PNG.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict what serving many adapters costs: throughput against all-token LoRA, memory, how many adapters fit."""
+    """Predict the cost of serving many adapters: throughput against all-token LoRA, memory, adapters that fit."""
     from preft_cli import planning
     from preft_core.planner import METHODS, Planner, Workload
     from preft_core.planner import Method as Method_

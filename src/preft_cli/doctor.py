@@ -1,4 +1,4 @@
-"""`preft doctor`: which engines are here, whether our changes to them hold, and what to do."""
+"""`preft doctor`: which engines are installed, whether PreFT supports them, and what to do."""
 
 import json
 import subprocess
@@ -39,11 +39,11 @@ _TESTED = {"transformers": ("5.19", "5.24"), "peft": ("0.21", "0.22")}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what doctor says.
+    """One line of the report.
 
     Attributes:
-        state: "ok", "missing" (nothing is wrong, it is not there) or "fault"
-        todo: what to do, empty for nothing
+        state: "ok", "missing" (not installed, which is no fault) or "fault"
+        todo: what to do; empty if nothing
     """
 
     name: str
@@ -53,12 +53,14 @@ class Finding:
 
 
 def doctor(
-    python: Annotated[Path | None, typer.Option(help="Python of another environment, as vLLM's or TGI's.")] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python of another environment, such as vLLM's or TGI's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say which engines (transformers, TGI, vLLM) are installed, whether PreFT fits them, and what to do.
+    """Show which engines (transformers, TGI, vLLM) are installed, whether PreFT supports them, and what to do.
 
-    Exit code 1 if an engine that is installed cannot serve PreFT adapters.
+    The exit code is 1 if an installed engine cannot serve PreFT adapters.
     """
     executable = str(python or sys.executable)
     findings = examine(executable)
@@ -74,7 +76,7 @@ def doctor(
 
 
 def examine(python: str) -> list[Finding]:
-    """Returns what there is in the environment of a Python.
+    """Returns the findings for the environment of a Python.
 
     Raises:
         ValueError: no such Python, or one that cannot run.
@@ -99,7 +101,7 @@ def _torch(found: dict) -> Finding:
 
 
 def _gpu(found: dict) -> Finding:
-    todo = "" if found["gpu"] else "none is needed to train or serve in small; the kernels run as matrix products"
+    todo = "" if found["gpu"] else "not required for small models; the kernels run as matrix products"
     return Finding("GPU", found["gpu"] or "none", "ok" if found["gpu"] else "missing", todo)
 
 
@@ -121,7 +123,7 @@ def _transformers(found: dict) -> Finding:
 
 def _tgi(found: dict, python: str) -> Finding:
     if not found["tgi"]:
-        return Finding("TGI", "not installed", "missing", "to serve with it: docs/tgi.md")
+        return Finding("TGI", "not installed", "missing", "to serve with it: docs/how-to/tgi.md")
     if "tgi_patch" not in found["modules"]:
         return Finding("TGI", found["tgi"], "fault", "pip install --no-deps preft-hf in this environment")
     return _checked("TGI", found["tgi"], [python, "-m", "tgi_patch", "check"], "TGI 3.3.7")
@@ -129,7 +131,7 @@ def _tgi(found: dict, python: str) -> Finding:
 
 def _vllm(found: dict, python: str) -> Finding:
     if not found["vllm"]:
-        return Finding("vLLM", "not installed", "missing", "to serve with it: docs/vllm.md")
+        return Finding("vLLM", "not installed", "missing", "to serve with it: docs/how-to/vllm.md")
     if "preft_vllm" not in found["modules"] or not found["plugin"]:
         todo = "pip install preft-hf in this environment: vLLM finds the plugin by its entry point"
         return Finding("vLLM", found["vllm"], "fault", todo)

@@ -1,4 +1,4 @@
-"""`preft push | pull | verify | convert | export`: adapters between this machine, the Hub and plain LoRA."""
+"""`preft push | pull | verify | convert | export`: adapters on the Hub, and conversion from and to plain LoRA."""
 
 import json as format
 import os
@@ -9,14 +9,16 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for the Hub; else that of your login.")]
+Token = Annotated[
+    str | None, typer.Option(envvar="HF_TOKEN", help="Token for the Hub. Default: that of `hf auth login`.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def push(
     adapters: Annotated[list[Path], typer.Argument(help="Folders of saved adapters.")],
-    to: Annotated[str, typer.Option(help="org/name; for several adapters the org, each under its folder's name.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    to: Annotated[str, typer.Option(help="org/name; for several adapters the org, each is named by its folder.")],
+    private: Annotated[bool, typer.Option("--private", help="Make new repositories private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     subfolder: Annotated[str, typer.Option(help="Folder in the repository.")] = "",
@@ -24,7 +26,7 @@ def push(
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Check adapters and commit each with a model card to the Hub."""
+    """Check adapters and push each to the Hub, with a model card."""
     if len(adapters) > 1 and "/" in to:
         raise ValueError(
             f"--to is {to!r} for {len(adapters)} adapters: give the org alone; each is named by its folder"
@@ -50,15 +52,27 @@ def push(
 
 
 def _pushed(folder: Path, target: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Pushes one adapter and returns what came of it, its error included."""
+    """Pushes one adapter and returns the result, including its error."""
+    from preft_core.format.adapter import read_config
     from preft_core.hub.push_pull import push_adapter
 
     facts = {"folder": str(folder), "repository": target, "commit": None, "url": None, "pull_request": None}
     try:
+        _check_base_name(read_config(folder).base_model_name_or_path)
         return facts | vars(push_adapter(folder, target, **options)) | {"error": None}
     except (ValueError, RuntimeError, OSError) as error:
         # a bad adapter or card, an upload that failed, a Hub that refuses
         return facts | {"error": str(error)}
+
+
+def _check_base_name(name: str | None) -> None:
+    """Raises a ValueError if an adapter names its base model by a path, which nobody else can load."""
+    if name is not None and (name.startswith(("/", ".", "~")) or "\\" in name or Path(name).exists()):
+        raise ValueError(
+            f"the base model is {name!r}, a path on this machine, so nobody who downloads the adapter finds it: name "
+            "it by its Hub id, with `preft train --base-name org/model`, or as base_model_name_or_path in "
+            "adapter_config.json"
+        )
 
 
 def _show_pushed(made: list[dict[str, Any]], json: bool) -> None:
@@ -75,13 +89,13 @@ def pull(
     places: Annotated[
         list[str], typer.Argument(help="org/name, org/name@revision, or a manifest such as preft.toml.")
     ],
-    output: Annotated[Path | None, typer.Option(help="Folder; for several adapters one folder each in it.")] = None,
-    pin: Annotated[Path | None, typer.Option(help="Write a manifest with the commits that were found.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Downloads at once.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="Output folder; several adapters get a subfolder each.")] = None,
+    pin: Annotated[Path | None, typer.Option(help="Write a manifest with the commits that were downloaded.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of concurrent downloads.")] = 8,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Download adapters, check them, and say where they are."""
+    """Download adapters, check them, and print their folders."""
     from preft_core.hub.manifest import name_fault, write_manifest
     from preft_core.hub.push_pull import pinned, pull_adapters
 
@@ -108,18 +122,18 @@ def pull(
     if pin is not None and not failed:
         write_manifest(pin, pinned(found))
     elif pin is not None:
-        _say(f"{pin} is not written, as it would not name {len(failed)} of {len(found)} adapters")
+        _say(f"{pin} is not written: {len(failed)} of {len(found)} adapters could not be downloaded")
     if failed:
         raise typer.Exit(1)
 
 
 def verify(
     adapters: Annotated[list[str], typer.Argument(help="Folders, Hub ids, or a manifest.")],
-    base: Annotated[str | None, typer.Option(help="Base model to try them on: Hub id or folder.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model for the self-test: Hub id or folder.")] = None,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Run every check of the format, and with --base a self-test: does it fit, does decoding stay the base model's?"""
+    """Check files against the format; with --base also check that they fit it and leave its decoding unchanged."""
     from preft_core.hub.push_pull import pull_adapter
 
     model = None
@@ -155,13 +169,13 @@ def convert(
     lora: Annotated[Path, typer.Argument(help="Folder of a plain PEFT LoRA.")],
     output: Annotated[Path, typer.Option(help="Folder for the LoRA-P adapter.")],
 ) -> None:
-    """Make a prefill-only adapter of a plain LoRA: the same weights, another meaning."""
+    """Convert a plain LoRA to a prefill-only adapter: the same weights, applied to prompt tokens only."""
     from preft_core.format.plain_lora import from_lora
 
     print(from_lora(lora, output))
     Console(stderr=True).print(
-        "The LoRA was trained to act on every token and now acts on prompt tokens alone: expect it to do less. Train "
-        "it on with `preft train`, or make it with `preft distill`, before you serve it.",
+        "The LoRA was trained to act on every token and now acts on prompt tokens only, so expect a weaker effect. "
+        "`preft distill` keeps more of it.",
         soft_wrap=True,
     )
 
@@ -170,24 +184,31 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA-P adapter.")],
     output: Annotated[Path, typer.Option(help="Folder for the plain LoRA.")],
 ) -> None:
-    """Write a LoRA-P adapter under plain PEFT LoRA names: whoever loads it applies it to every token."""
+    """Convert a LoRA-P adapter to a plain PEFT LoRA, which acts on every token."""
     from preft_core.format.plain_lora import to_lora
 
     to_lora(adapter, output)
     Console(stderr=True).print(
-        "Written as a plain LoRA: it now acts on every token, for which it was not trained.", soft_wrap=True
+        "Written as a plain LoRA: it now acts on every token, which it was not trained for.", soft_wrap=True
     )
 
 
 def _is_manifest(place: str) -> bool:
-    return place.endswith((".toml", ".json")) and Path(place).is_file()
+    """Returns whether a manifest is meant. Raises a FileNotFoundError if its file is missing."""
+    if not place.endswith((".toml", ".json")) or Path(place).is_dir():
+        return False
+    if not Path(place).is_file():
+        raise FileNotFoundError(
+            f"there is no manifest {place}: give the path of a file with [adapters], then name = location, one a line"
+        )
+    return True
 
 
 def _named(places: list[str], by_folder: bool = False) -> dict[str, str]:
-    """Returns name -> place for manifests, folders and Hub ids given one after the other.
+    """Returns name -> location for a list of manifests, folders and Hub ids.
 
     Args:
-        by_folder: a folder is named by the last part of its path, by which a copy or a manifest can name it
+        by_folder: name a folder by the last part of its path instead of the whole path
     """
     from preft_core.hub.manifest import name_fault, read_manifest
     from preft_core.hub.source import hub_id
@@ -204,8 +225,8 @@ def _named(places: list[str], by_folder: bool = False) -> dict[str, str]:
             fault = name_fault(next(iter(several))) if by_folder else None
             if fault:
                 raise ValueError(
-                    f"{place!r} would be named by the last part of its path, and a name is {fault}: name it in a "
-                    "manifest, and give that"
+                    f"{place!r} would be named by the last part of its path, and a name is {fault}: give a manifest "
+                    "that names it"
                 )
         twice = sorted(found.keys() & several.keys())
         if twice:

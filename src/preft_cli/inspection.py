@@ -1,4 +1,4 @@
-"""What `preft inspect` says of a saved adapter, read and checked by preft_core alone."""
+"""The facts that `preft inspect` shows of a saved adapter, read and checked by preft_core alone."""
 
 from math import prod
 from pathlib import Path
@@ -18,12 +18,12 @@ NUM_SHOWN = 12
 
 
 def facts_of(directory: str | Path) -> dict[str, Any]:
-    """Returns the facts of a saved adapter, as JSON can hold them.
+    """Returns the facts of a saved adapter, as JSON values.
 
     `norms` has the Frobenius norm of each module's update matrix: s B A for lora and direft, Q^T (A - Q) for loreft.
 
     Raises:
-        AdapterError: the adapter is not what the format allows.
+        AdapterError: the adapter violates the format.
     """
     adapter = load_adapter(directory)
     header = read_header(Path(directory) / WEIGHTS_NAME)
@@ -34,10 +34,10 @@ def facts_of(directory: str | Path) -> dict[str, Any]:
 def remote_facts_of(location: str, token: str | None = None) -> dict[str, Any]:
     """Returns the facts of an adapter on the Hub from its config and its weights' header, without its weights.
 
-    The fingerprint is what its config says, not checked, and there are no norms.
+    The fingerprint is the one in the config, unchecked, and there are no norms.
 
     Raises:
-        AdapterError: it cannot be had, or is not what the format allows.
+        AdapterError: it is not available, or violates the format.
     """
     source = find_adapter(location, token=token)
     header = source.header()

@@ -1,10 +1,10 @@
-"""What several commands share: choices, and quiet libraries."""
+"""Choices that several commands share, and the verbosity of libraries."""
 
 from enum import Enum
 
 
 class Method(str, Enum):
-    """How the adapter changes the model."""
+    """Method of the adapter."""
 
     lora = "lora"
     direft = "direft"
@@ -12,7 +12,7 @@ class Method(str, Enum):
 
 
 class Precision(str, Enum):
-    """Numbers of the base model; the adapter is float32."""
+    """Data type of the base model; the adapter is float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -20,7 +20,7 @@ class Precision(str, Enum):
 
 
 def quiet() -> None:
-    """Leaves the terminal to our own progress bars."""
+    """Silences the logs and progress bars of transformers and peft."""
     import warnings
 
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""What `preft plan` says: predictions of preft_core.planner as a table, JSON or a plot."""
+"""The output of `preft plan`: predictions of preft_core.planner as a table, JSON or a plot."""
 
 import json
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ PLOT_RANKS = (8, 16, 64)
 
 
 def shape_of(model: str) -> Shape:
-    """Returns a known shape, or that of a config.json, its directory or a Hub id.
+    """Returns a known shape, or the shape in a config.json, given by file, folder or Hub id.
 
     Raises:
-        ValueError: none of these; HubError if the Hub did not answer.
+        ValueError: none of these; HubError if the Hub does not answer.
     """
     if model.lower() in SHAPES:
         return SHAPES[model.lower()]
@@ -50,7 +50,7 @@ def _from_hub(model: str) -> Path:
 
 
 def device_of(gpu: str, bandwidth: float | None, tflops: float | None, memory_gb: float | None) -> Device:
-    """Returns a known device, with the figures that were given in place of its own.
+    """Returns a known device, with the given figures instead of its own.
 
     Raises:
         ValueError: an unknown name without all three figures, or a figure that is not positive.
@@ -71,7 +71,7 @@ def device_of(gpu: str, bandwidth: float | None, tflops: float | None, memory_gb
 
 
 def plan(planners: Mapping[Method, Planner], work: Workload) -> dict[str, Any]:
-    """Returns the predictions for each method, as JSON can hold them; times in seconds, sizes in bytes."""
+    """Returns the predictions for each method, as JSON values; times in seconds, sizes in bytes."""
     first = next(iter(planners.values()))
     found: dict[str, Any] = {
         "model": asdict(first.shape) | {"num_parameters": first.shape.num_parameters},

@@ -3,8 +3,10 @@
 Importing this package registers the PEFT type PREFT.
 """
 
+from importlib.metadata import version
+
 from preft_hf.config import PreftConfig
-from preft_hf.layers.phase import preft_phase
+from preft_hf.layers.phase import preft_phase, preft_scoring
 from preft_hf.pool import PreftPool
 from preft_hf.training.collator import PrefillMaskCollator
 from preft_hf.training.turns import expand_turns
@@ -13,4 +15,15 @@ from preft_hf.tuner.register import register
 
 register()
 
-__all__ = ["PrefillMaskCollator", "PreftConfig", "PreftModel", "PreftPool", "expand_turns", "preft_phase"]
+__version__ = version("preft-hf")
+
+__all__ = [
+    "PrefillMaskCollator",
+    "PreftConfig",
+    "PreftModel",
+    "PreftPool",
+    "__version__",
+    "expand_turns",
+    "preft_phase",
+    "preft_scoring",
+]

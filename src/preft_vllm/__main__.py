@@ -1,4 +1,4 @@
-"""`python -m preft_vllm list | check`, see docs/vllm.md."""
+"""`python -m preft_vllm list | check`, see docs/how-to/vllm.md."""
 
 import argparse
 import sys

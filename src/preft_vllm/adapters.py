@@ -1,4 +1,4 @@
-"""Loads an adapter in a vLLM worker: checked as docs/format.md says, then converted to vLLM's LoRA weights.
+"""Loads an adapter in a vLLM worker: checked as docs/explain/format.md says, then made vLLM's LoRA weights.
 
 Each replacement takes vLLM's original function and returns the new one; `patches` is the table. vLLM is imported
 inside functions only.
@@ -189,5 +189,6 @@ def _elsewhere(name: str, model: Any) -> bool:
 
 def _no_target(path: str, method: str, manager: Any) -> str:
     if method != "lora" and not any(name.endswith(f".{BLOCK_LEAF}") for name in manager.modules):
-        return f"method is {method}, which is not supported for {type(manager.model).__name__}: see docs/vllm.md"
+        model = type(manager.model).__name__
+        return f"method is {method}, which is not supported for {model}: see docs/how-to/vllm.md"
     return f"{path} is not a layer that vLLM adapts in {type(manager.model).__name__}: retrain without it"

@@ -31,7 +31,7 @@ class Stamp:
     """A prefill-only adapter.
 
     Attributes:
-        fingerprint: of config and weights, see docs/format.md
+        fingerprint: of config and weights, see docs/explain/format.md
         location: a directory, or "org/name@commit"
     """
 

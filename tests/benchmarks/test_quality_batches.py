@@ -65,4 +65,4 @@ def test_the_rates_that_the_page_recommends_are_those_that_the_search_found():
     found = {run["rank"]: run["lr"] for run in runs if run.get("method") == "lora-p" and run["task"] == "cities"}
     mantissas = {0.01: "1e-2", 0.003: "3e-3", 0.001: "1e-3"}
     said = ", ".join(f"{mantissas[found[rank]]} for r={rank}" for rank in (1, 16, 64))
-    assert f"| a learning rate | {said}, as for LoRA;" in PAGE.read_text()
+    assert f"| a learning rate | {said}, as for LoRA;" in PAGE.with_name("quality.md").read_text()

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from preft_hf import expand_turns
-from preft_hf.training.data import DataError, Turn, encode_prompts, encode_turns, read_turns
+from preft_hf.training.data import encode_prompts, encode_turns
+from preft_hf.training.turns import DataError, Turn, read_turns
 from tests.hf.training.test_trainers import tokenizer
 
 CHAT = (
@@ -80,7 +81,7 @@ def test_what_cannot_be_kept_is_refused_by_its_line(tmp_path):
     plain = "{% for m in messages %}{{ m.content }} w02 {% endfor %}"
     for part in ({"tool_calls": CALL}, {"reasoning_content": "w40"}):
         turns = read_turns(write(tmp_path, good, {"messages": [USER, answer | part]}))
-        with pytest.raises(DataError, match=rf"data: line 2: .*chat template leaves {next(iter(part))} .* out"):
+        with pytest.raises(DataError, match=rf"data: line 2: .* leaves {next(iter(part))} of message 1 out"):
             encode_turns(turns, chat_tokenizer(plain), 64)
 
 
@@ -109,3 +110,56 @@ def test_rows_that_are_no_text_are_named_by_their_line(tmp_path):
     for expected in (r"line 2: has '\ud83d', half of a character", r"line 3: has '\udc00'", "line 4: its lists"):
         assert expected in str(caught.value)
     assert read_turns(write(tmp_path, whole)) == [Turn("a\U0001f600", "b", 1)]
+
+
+def test_marked_messages_are_context_and_are_not_learned(tmp_path):
+    answers = [{"role": "assistant", "content": f"w{30 + i}"} for i in range(4)]
+    marks: list[dict[str, Any]] = [{"weight": 0}, {"train": False}, {"weight": 1, "train": True}, {}]
+    messages = [m for answer, mark in zip(answers, marks, strict=True) for m in (USER | {"weight": 0}, answer | mark)]
+    turns = read_turns(write(tmp_path, {"messages": messages, "id": 7, "system": None}))
+    plain = [m for answer in answers for m in (USER, answer)]
+    assert turns == [Turn(plain[:5], answers[2], 1), Turn(plain[:7], answers[3], 1)]
+    samples, _ = encode_turns(turns, chat_tokenizer(), 64)
+    learned = [[label for label in sample["labels"] if label >= 0] for sample in samples]
+    assert learned == [[32, 2], [33, 2]]
+    asked = [USER, answers[0] | {"train": False}, USER]
+    assert read_turns(write(tmp_path, {"messages": asked}), prompts_alone=True) == [
+        Turn([USER, answers[0], USER], "", 1)
+    ]
+
+
+ANSWER = {"role": "assistant", "content": "w06"}
+NOT_READ: dict[str, tuple[dict[str, Any], str]] = {
+    "weight": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight is 0.5: it is 1 or 0"),
+    "train": ({"messages": [USER, ANSWER | {"train": "no"}]}, "train is 'no': it is True or False"),
+    "a learned prompt": ({"messages": [USER | {"train": True}, ANSWER]}, "train is True on a message of user"),
+    "loss_mask": ({"messages": [USER, ANSWER | {"loss_mask": 0}]}, "loss_mask: mark what is not learned"),
+    "nothing learned": ({"messages": [USER, ANSWER | {"weight": 0}]}, "each assistant message is marked"),
+    "weight of a row": ({"prompt": "w05", "response": "w06", "weight": 0}, "weight, which is not read beside prompt"),
+    "system": ({"prompt": "w05", "response": "w06", "system": "w04"}, "has system, .*system prompt into 'prompt'"),
+    "a system row": ({"messages": [USER, ANSWER], "system": "w04"}, "has system, which is not read beside messages"),
+    "images": ({"messages": [USER, ANSWER], "images": ["a.png"]}, "has images, .*text alone"),
+    "two forms": ({"messages": [USER, ANSWER], "prompt": "w05"}, "has prompt, which is not read beside messages"),
+    "empty": ({"messages": [USER, ANSWER | {"content": ""}]}, "an assistant message is empty"),
+    "empty, then not": (
+        {"messages": [USER, ANSWER | {"content": None, "tool_calls": []}]},
+        "has no text in 'content'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_is_not_read_is_refused(name, tmp_path):
+    row, message = NOT_READ[name]
+    with pytest.raises(DataError, match=rf"line 2: .*{message}"):
+        read_turns(write(tmp_path, {"messages": [USER, ANSWER]}, row))
+
+
+def test_a_part_of_any_message_that_the_template_leaves_out_is_refused(tmp_path):
+    turns = read_turns(write(tmp_path, {"messages": [USER | {"images": ["a.png"], "id": 3}, ANSWER]}))
+    for encode in (encode_turns, encode_prompts):
+        with pytest.raises(DataError, match=r"line 1: .*leaves images of message 0 out"):
+            encode(turns, chat_tokenizer(), 64)
+    # reasoning of an earlier turn is left out by most templates
+    messages = [USER, ANSWER | {"reasoning_content": "w40", "train": False}, USER, ANSWER]
+    assert len(encode_turns(read_turns(write(tmp_path, {"messages": messages})), chat_tokenizer(), 64)[0]) == 1

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from preft_cli.app import app, main
 from tests.cli.process import Preft, preft, preft_from_nothing
+from tests.core.hub.conftest import hub  # noqa: F401
 from tests.hf.training.test_trainers import tokenizer
 from tests.hf.zoo import make_base, make_preft
 
@@ -66,8 +68,8 @@ def test_the_likeliest_token_whatever_the_base_model_asks_for(place, tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template: leave --chat out"),
-        ("{{ raise_exception('roles must be bot') }}", "does not take a user's message: roles must be bot"),
+        (None, "has no chat template: omit --chat"),
+        ("{{ raise_exception('roles must be bot') }}", "refuses a user's message: roles must be bot"),
     ],
 )
 def test_a_prompt_that_cannot_be_a_message(place, tmp_path, template, message):
@@ -190,3 +192,99 @@ def test_rows_beyond_the_context_are_refused(place):
     done = preft(*train(place, "long", "--data", place / "long.jsonl"))
     assert done.returncode == 2
     assert "context 128" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A plain LoRA of the tiny base model."""
+    from peft import LoraConfig, get_peft_model
+
+    path = tmp_path_factory.mktemp("lora")
+    get_peft_model(make_base(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(path)
+    return path
+
+
+def test_the_version_and_the_short_help(capsys):
+    import preft_hf
+
+    done = preft("--version")
+    assert (done.returncode, done.stdout) == (0, f"preft {preft_hf.__version__}\n")
+    for command in ([], ["train"], ["push"], ["plan"]):
+        short, long = preft(*command, "-h"), preft(*command, "--help")
+        assert short.returncode == 0
+        assert short.stdout == long.stdout
+        assert "--help" in short.stdout
+    assert "preft doctor" in preft("-h").stdout
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_openmp_threads_wait_passively(given, expected, monkeypatch, capsys):
+    # to be restored after the test
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr("sys.argv", ["preft", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+def test_an_adapter_is_no_base_model(place, lora, tmp_path):
+    make_preft(make_base()).save_pretrained(tmp_path / "a")
+    for folder, message in ((tmp_path / "a", "which is an adapter of"), (lora, "which is a plain LoRA of")):
+        done = preft("train", "--model", folder, "--data", place / "rows.jsonl", "--output", tmp_path / "out")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "give the base model" in done.stderr
+        assert not (tmp_path / "out").exists()
+    for name in ("./base", "base", "/a/base"):
+        done = preft(*train(place, "none"), "--base-name", name)
+        assert done.returncode == 2
+        assert f"--base-name is '{name}': give the Hub id" in done.stderr
+
+
+def test_a_repository_of_an_adapter_is_no_base_model(place, tmp_path, monkeypatch):
+    """transformers loads the adapter of one together with its base model."""
+    from preft_hf.training.train_run import load_base
+
+    model = make_preft(make_base())
+    model.peft_config["default"].base_model_name_or_path = str(place / "base")
+    model.save_pretrained(tmp_path / "a")
+    tokenizer().save_pretrained(tmp_path / "a")
+    monkeypatch.setattr("pathlib.Path.is_file", lambda path: False)
+    with pytest.raises(ValueError, match=r"which is an adapter of .*base: give the base model"):
+        load_base(str(tmp_path / "a"))
+
+
+def test_a_plain_lora_is_said_to_be_one(lora, place):
+    for command in (["inspect", lora], ["generate", "--adapter", lora, "--prompt", "w05"], ["verify", lora]):
+        done = preft(*command)
+        said = done.stderr + done.stdout
+        assert done.returncode in (1, 2)
+        assert "a plain LoRA" in said
+        assert "`preft distill` or `preft convert`" in said
+        assert len(said) < 400
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
+def test_the_base_models_name_is_written_into_the_adapter(place, tmp_path, hub, capsys):  # noqa: F811
+    base = [*train(place, "named", "--steps", 1), "--base-name", "org/base"]
+    assert preft(*base).returncode == 0
+    adapters = {"named": "org/base", "unnamed": str(place / "base")}
+    assert preft(*train(place, "unnamed", "--steps", 1)).returncode == 0
+    for name, expected in adapters.items():
+        assert json.loads((place / name / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+    for name, code in (("named", 0), ("unnamed", 1)):
+        with pytest.raises(SystemExit) as stop:
+            app(["push", str(place / name), "--to", f"org/{name}"])
+        assert stop.value.code == code
+    assert "a path on this machine" in (said := capsys.readouterr().err)
+    assert "preft train --base-name org/model" in said
+    assert len(hub.seen("commit")) == 1
+
+
+def test_a_manifest_that_is_missing_is_said_to_be(tmp_path):
+    for command in (["pull"], ["verify"]):
+        done = preft(*command, "preft.toml", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "there is no manifest preft.toml" in done.stderr

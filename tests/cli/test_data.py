@@ -5,8 +5,9 @@ import pytest
 
 from preft_hf.demo.cities import city_rows, field_accuracy, num_right_fields
 from preft_hf.training import train_run as finetune
-from preft_hf.training.data import DataError, Turn, collate, encode_turns, read_turns
+from preft_hf.training.data import collate, encode_turns
 from preft_hf.training.train_run import FinetuneOptions
+from preft_hf.training.turns import DataError, Turn, read_turns
 from tests.hf.training.test_trainers import tokenizer
 
 

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from preft_hf.demo import model as demo_model
+from preft_hf import embedded_model as demo_model
 from preft_hf.demo.operations import compare_operations
 from preft_hf.embedded_model import DemoModelError, demo_model_directory, is_cached
 from tests.cli.process import preft
@@ -39,7 +39,7 @@ def test_a_wrong_file_is_refused_and_nothing_is_left(cache, tmp_path, monkeypatc
 
 def test_what_is_missing_is_said(cache, monkeypatch):
     monkeypatch.setenv("PREFT_DEMO_WHEEL", "nowhere.whl")
-    with pytest.raises(DemoModelError, match="no such file"):
+    with pytest.raises(DemoModelError, match="which does not exist"):
         demo_model_directory(lambda text: None)
     monkeypatch.delenv("PREFT_DEMO_WHEEL")
     monkeypatch.setattr(demo_model, "PACKAGE_VERSION", "0.0.0")

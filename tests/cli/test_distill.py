@@ -13,7 +13,7 @@ from preft_core.format.config import AdapterError
 from preft_core.format.plain_lora import from_lora
 from preft_hf.forward.caches import cache_argument, cache_of
 from preft_hf.training import distill_run as distillation
-from preft_hf.training.data import DataError, Turn, collate, encode_prompts, read_turns
+from preft_hf.training.data import collate, encode_prompts
 from preft_hf.training.distill import (
     agreement,
     distillation_loss,
@@ -23,6 +23,7 @@ from preft_hf.training.distill import (
     responses,
     widened,
 )
+from preft_hf.training.turns import DataError, Turn, read_turns
 from tests.hf.training.test_trainers import tokenizer
 from tests.hf.zoo import VOCABULARY, make_base, make_preft
 
@@ -262,7 +263,7 @@ def test_teachers_that_do_not_work(place, tmp_path):
     load_teacher(make_base(), tmp_path / "dora")
     with pytest.raises(AdapterError, match="use_dora is True"):
         widened(make_base(), tmp_path / "dora", 8)
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="is not an adapter"):
         app(["distill", str(tmp_path), "--data", str(place / "rows.jsonl"), "--output", str(tmp_path / "out")])
 
 

@@ -25,7 +25,7 @@ def test_this_environment_trains(capsys):
         "name": "vLLM",
         "found": "not installed",
         "state": "missing",
-        "todo": "to serve with it: docs/vllm.md",
+        "todo": "to serve with it: docs/how-to/vllm.md",
     }
 
 

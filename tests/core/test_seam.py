@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preft_core.seam import PatchError, Seam, apply, check, digest_of
+from preft_core.seam import PatchError, Seam, apply, check, check_sources, digest_of
 
 CORE = """
 class Model:
@@ -142,7 +142,7 @@ def test_all_faults_are_said_and_nothing_is_changed(program):
 def test_another_patch_is_noticed(program):
     core, user = program
     user.load = lambda x: x
-    assert check(seams(core)) == ["serverlike.user:load is not serverlike.core:load: another patch took its place"]
+    assert check(seams(core)) == ["serverlike.user:load is not serverlike.core:load: another patch has replaced it"]
 
 
 def test_a_replacement_that_cannot_be_made_undoes_the_rest(program):
@@ -165,6 +165,83 @@ def test_applied_twice_is_refused(program):
         with apply(made), pytest.raises(PatchError, match=r"Model\.forward is patched already"):
             apply(made)
         assert check(made) == []
+
+
+WITHOUT_A_GPU = """
+import functools
+
+raise RuntimeError("no GPU")
+
+
+def decorated(function):
+    return functools.wraps(function)(lambda *x: function(*x))
+
+
+try:
+    import gpu
+except ImportError:
+
+    class Model:
+        @decorated
+        @staticmethod
+        def forward(x):
+            # a comment
+            def inner():
+                return x
+
+            return inner()
+            # the last line
+
+        async def call(self):
+            return [1,
+                    2]
+else:
+
+    class Model:
+        def forward(x):
+            return gpu.run(x)
+"""
+
+
+def test_sources_are_compared_without_an_import(program, tmp_path):
+    """The digests are those of the live objects, though no module of the program can be imported."""
+    core, _ = program
+    assert check_sources(seams(core)) == check(seams(core)) == []
+    package = tmp_path / "nogpu" / "models"
+    package.mkdir(parents=True)
+    (tmp_path / "nogpu" / "__init__.py").write_text("raise RuntimeError('no GPU')")
+    (package / "__init__.py").write_text("from nogpu.models.core import Model as Renamed")
+    (package / "core.py").write_text(WITHOUT_A_GPU)
+    live = {}
+    import linecache
+
+    text = WITHOUT_A_GPU.replace('raise RuntimeError("no GPU")', "")
+    linecache.cache["<live>"] = (len(text), None, text.splitlines(True), "<live>")
+    exec(compile(text, "<live>", "exec"), live)
+    model = live["Model"]
+    good = [
+        Seam("nogpu.models.core:Model.forward", digest_of(model.forward), wrapped, "", ("nogpu.models:Renamed",)),
+        Seam("nogpu.models.core:Model.call", digest_of(model.call), None, ""),
+        Seam("nogpu.models.core:decorated", digest_of(live["decorated"]), None, ""),
+    ]
+    assert check_sources(good) == []
+    assert not [name for name in sys.modules if name.startswith("nogpu")]
+    bad = [
+        replace(good[0], uses=("nogpu.models:Model",)),
+        replace(good[1], digest="0" * 16),
+        Seam("nogpu.models.core:Model.gone", "0" * 16, None, ""),
+        Seam("nogpu.other:f", "0" * 16, None, ""),
+        Seam("notinstalled.core:f", "0" * 16, None, ""),
+    ]
+    said = "; ".join(check_sources(bad))
+    for part in (
+        "nogpu.models does not import Model",
+        f"Model.call has digest {good[1].digest}, and the seam was made for 0000",
+        "nogpu.models.core has no Model.gone",
+        "the module nogpu.other is not installed",
+        "the module notinstalled.core is not installed",
+    ):
+        assert part in said
 
 
 @given(st.text(alphabet=" \t", max_size=5), st.sampled_from(["return x + 1", "return x + 2", "return  x + 1"]))

@@ -4,6 +4,8 @@ Nothing of preft_hf runs here. LoRA is merged into a copy's weights, DiReFT and 
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,24 +67,35 @@ def two_phase_greedy(
     input_ids: Tensor,
     num_new: int,
     attention_mask: Tensor | None = None,
+    cache: Any = None,
+    first: int = 0,
+    before_decode: Callable[[Any], None] = lambda cache: None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the new tokens (batch, num_new) and the logits they came from (batch, num_new, vocabulary)."""
+    """Returns the new tokens (batch, num_new) and the logits they came from (batch, num_new, vocabulary).
+
+    Args:
+        cache: of any class, by default an empty DynamicCache; with a cache that is given no attention mask is passed,
+            since it may hold fewer tokens than the mask has
+        first: position of the first of input_ids, for a cache that is not empty
+        before_decode: called with the cache before each decode forward
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    cache = DynamicCache(config=prefill.config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    output = prefill(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, **cache_argument(cache), use_cache=True
-    )
+    masked = cache is None
+    cache = DynamicCache(config=prefill.config) if masked else cache
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) + first
+    arguments = {"attention_mask": mask} if masked else {}
+    output = prefill(input_ids=input_ids, position_ids=positions, **arguments, **cache_argument(cache), use_cache=True)
     tokens, logits = [], []
     for _ in range(num_new):
         logits.append(output.logits[:, -1])
         tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
-        position = mask.sum(-1, keepdim=True) - 1
+        position = mask.sum(-1, keepdim=True) - 1 + first
+        before_decode(cache_of(output))
         output = decode(
             input_ids=tokens[-1],
-            attention_mask=mask,
             position_ids=position,
+            **({"attention_mask": mask} if masked else {}),
             **cache_argument(cache_of(output)),
             use_cache=True,
         )

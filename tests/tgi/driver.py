@@ -1,7 +1,7 @@
-"""A stand-in for TGI's router, over the server's own gRPC: scripted batches, so that a test knows what ran together.
+"""A stand-in for TGI's router over the server's gRPC. Batches are scripted, so that a test knows what ran together.
 
-Run by TGI's Python. Takes {"model", "sockets", "world_size", "environment", "arguments"} as its argument, starts the
-server's processes, then answers JSON lines on stdin: {"op": "run", "requests": [...]}, {"op": "control", ...}.
+Run by TGI's Python. Its argument is JSON: {"model", "sockets", "world_size", "environment", "arguments"}. It starts
+the shards, then responds to JSON lines on stdin: {"op": "run", "requests": [...]}, {"op": "control", "request": ...}.
 """
 
 import json
@@ -48,7 +48,7 @@ class Server:
         deadline = time.monotonic() + 120
         while not os.path.exists(path):
             if any(process.poll() is not None for process in self.processes):
-                raise SystemExit("a server process ended: see above")
+                raise SystemExit("a shard ended: see above")
             if time.monotonic() > deadline:
                 raise SystemExit("the server did not start in 120 s")
             time.sleep(0.1)
@@ -58,7 +58,14 @@ class Server:
 
     def call_all(self, method, request):
         futures = [getattr(stub, method).future(request) for stub in self.stubs]
-        return [future.result(timeout=120) for future in futures]
+        try:
+            return [future.result(timeout=120) for future in futures]
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                # a crash shows as a closed connection: the log has to say which side closed it
+                codes = [process.poll() for process in self.processes]
+                print(f"{method}: {error.details()}; exit codes of the shards: {codes}", file=sys.stderr, flush=True)
+            raise
 
     def call(self, method, request):
         return self.call_all(method, request)[0]
@@ -104,7 +111,7 @@ class Server:
 
 @dataclass
 class Run:
-    """Requests that arrive at their steps, in one growing and shrinking batch."""
+    """Runs requests in one continuous batch; each joins at its step `arrive`."""
 
     server: Server
     specs: list
@@ -151,16 +158,16 @@ class Run:
             batches = [before, *([self.cached] if self.cached is not None else [])]
             self.take(self.server.call_all("Decode", pb.DecodeRequest(batches=batches)))
 
-    def take(self, answers):
-        for answer in answers:
-            for generation in answer.generations:
+    def take(self, responses):
+        for response in responses:
+            for generation in response.generations:
                 i = self.index[generation.request_id]
                 self.tokens[i] += list(generation.tokens.ids)
                 self.prompt_tokens += len(generation.prefill_tokens.ids)
                 self.most = max(self.most, len(generation.tokens.ids))
                 if generation.HasField("generated_text"):
                     self.done.add(generation.request_id)
-        self.cached = answers[0].batch if answers[0].HasField("batch") else None
+        self.cached = responses[0].batch if responses[0].HasField("batch") else None
 
     def shrink(self, step):
         if self.cached is None:
@@ -183,24 +190,25 @@ class Run:
 
 def main():
     setting = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w")
+    responses = os.fdopen(os.dup(1), "w")
     prefill_tokens = setting.pop("max_prefill_tokens", 512)
     server = Server(**setting)
     try:
         server.warm_up(prefill_tokens)
-        print(json.dumps({"ready": True, "chunks": server.chunks}), file=answers, flush=True)
+        print(json.dumps({"ready": True, "chunks": server.chunks}), file=responses, flush=True)
         for line in sys.stdin:
             command = json.loads(line)
             try:
                 if command["op"] == "run":
                     run = Run(server, command["requests"])
-                    answer = {"tokens": run.run(), "most": run.most, "prompt_tokens": run.prompt_tokens}
+                    response = {"tokens": run.run(), "most": run.most, "prompt_tokens": run.prompt_tokens}
                 else:
-                    answer = {"ranks": [ask(server.control, r, command["request"]) for r in range(server.world_size)]}
+                    ranks = range(server.world_size)
+                    response = {"ranks": [ask(server.control, rank, command["request"]) for rank in ranks]}
             except grpc.RpcError as error:
                 server.call_all("ClearCache", pb.ClearCacheRequest())
-                answer = {"error": f"{error.code().name}: {error.details()}"}
-            print(json.dumps(answer), file=answers, flush=True)
+                response = {"error": f"{error.code().name}: {error.details()}"}
+            print(json.dumps(response), file=responses, flush=True)
     finally:
         for process in server.processes:
             process.kill()

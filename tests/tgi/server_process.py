@@ -1,4 +1,4 @@
-"""A tiny model that TGI loads, its adapters, what the two-phase loop says of them, and a patched server that runs."""
+"""A tiny model that TGI loads, its adapters, the two-phase loop as oracle, and a patched server that is running."""
 
 import json
 import os
@@ -30,19 +30,19 @@ OVERRIDES: dict[str, dict[str, object]] = {
 
 
 @dataclass
-class World:
-    """model: a directory that TGI serves; crowd: its adapters, and each merged into a copy of the base."""
+class TinyModel:
+    """directory: what TGI serves; adapters: where they are saved, and each merged into a copy of the base."""
 
-    model: Path
-    crowd: Crowd
+    directory: Path
+    adapters: Crowd
 
     def expected(self, name: str | None, ids: list[int], num_new: int) -> list[int]:
-        """Returns what the two-phase loop says."""
-        adapted = self.crowd.adapted[name or BASE]
-        return two_phase_greedy(adapted, self.crowd.base, torch.tensor([ids]), num_new)[0][0].tolist()
+        """Returns the tokens of the two-phase loop."""
+        adapted = self.adapters.adapted[name or BASE]
+        return two_phase_greedy(adapted, self.adapters.base, torch.tensor([ids]), num_new)[0][0].tolist()
 
 
-def make_world(architecture: str, made: Crowd | None = None) -> World:
+def make_tiny_model(architecture: str, made: Crowd | None = None) -> TinyModel:
     made = made or crowd(architecture, **OVERRIDES.get(architecture, {}))
     directory = Path(tempfile.mkdtemp(prefix="preft-tgi-"))
     made.base.save_pretrained(directory)
@@ -53,7 +53,7 @@ def make_world(architecture: str, made: Crowd | None = None) -> World:
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<2>", "unk_token": "<0>"})
     )
-    return World(directory, made)
+    return TinyModel(directory, made)
 
 
 def request(ids: list[int], adapter: str | None = None, new: int = 6, **others: int) -> dict:
@@ -65,14 +65,14 @@ def some_ids(length: int, seed: int) -> list[int]:
 
 
 class Server:
-    """A driver in TGI's environment with the server processes that it started."""
+    """A driver in TGI's environment and the shards that it started."""
 
     def __init__(self, setting: dict, log: Path):
         environment = dict(os.environ, PYTHONPATH=SOURCES, HF_HUB_OFFLINE="1")
         environment.pop("TRITON_INTERPRET", None)
         driver = str(Path(__file__).with_name("driver.py"))
         self.log = log
-        # tokens that one step gave one request: more than one where a guess was accepted
+        # most tokens of one request in one step: more than one if a speculated token was accepted
         self.most = 0
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -96,7 +96,7 @@ class Server:
         return answer["tokens"]
 
     def control(self, **request: str) -> list[dict]:
-        """Returns the answer of each rank."""
+        """Returns the response of each rank."""
         return self.ask({"op": "control", "request": request})["ranks"]
 
     def ask(self, command: dict) -> dict:
@@ -121,16 +121,16 @@ class Server:
 
 @contextmanager
 def serving(
-    world: World, attention: str = "paged", world_size: int = 1, arguments=(), prefill_tokens=512, **variables
+    model: TinyModel, attention: str = "paged", world_size: int = 1, arguments=(), prefill_tokens=512, **variables
 ):
-    """Runs a patched server that knows the world's adapters."""
+    """Runs a patched server that knows the model's adapters."""
     sockets = tempfile.mkdtemp(prefix="preft-s-")
-    adapters = ",".join(f"{name}={path}" for name, path in world.crowd.paths.items())
+    adapters = ",".join(f"{name}={path}" for name, path in model.adapters.paths.items())
     # tests of several shards may run side by side
     environment = {"ATTENTION": attention, "PREFIX_CACHING": "0", "PREFT_ADAPTERS": adapters}
     environment |= {"MASTER_PORT": str(free_port())} | variables
     setting = {
-        "model": str(world.model),
+        "model": str(model.directory),
         "sockets": sockets,
         "world_size": world_size,
         "environment": environment,

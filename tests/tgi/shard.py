@@ -1,7 +1,7 @@
-"""One patched server process for the tests: TGI's command line in float32, as greedy ties in 16 bit tell nothing.
+"""One patched shard for the tests: TGI's command line in float32, because 16 bit has ties between greedy tokens.
 
-Run by TGI's Python. `PREFT_TEST_BREAK=rows` takes the position rule out, for the negative control; `owner`
-lets all adapters share the prefix cache.
+Run by TGI's Python. Negative controls: `PREFT_TEST_BREAK=rows` removes the position rule, `owner` shares the prefix
+cache between adapters.
 """
 
 import builtins
@@ -13,7 +13,8 @@ import torch
 from text_generation_server.models.flash_causal_lm import FlashCausalLM
 
 from tgi_patch import launch
-from tgi_patch.server import engine, layers
+from tgi_patch.server import layers
+from tgi_patch.server import shard as shard_module
 from tgi_patch.server.routing import PrefillRows
 
 
@@ -42,8 +43,8 @@ def keep_tickets(target, name, value):
 FlashCausalLM.__init__ = in_float32(FlashCausalLM.__init__)
 broken = os.environ.pop("PREFT_TEST_BREAK", None)
 if broken == "rows":
-    engine.prefill_rows = all_rows
+    shard_module.prefill_rows = all_rows
     layers.setattr = keep_tickets
 elif broken == "owner":
-    engine.Served.owner = lambda self, request, ticket: "anybody"
+    shard_module.Shard.owner = lambda self, request, ticket: "anybody"
 launch.server(sys.argv[1:])

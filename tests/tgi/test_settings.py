@@ -78,7 +78,7 @@ def test_the_grammar_of_tgi():
 
 def test_the_docs_name_every_variable_fix_and_seam():
     root = Path(__file__).parents[2]
-    docs = (root / "docs" / "tgi.md").read_text()
+    docs = "".join((root / "docs" / page).read_text() for page in ("how-to/tgi.md", "reference/environment.md"))
     source = (root / "tgi_patch" / "settings.py").read_text()
     variables = set(re.findall(r"PREFT_[A-Z_]+", source)) - {"PREFT_TGI_PYTHON", "PREFT_CACHE"}
     targets = {seam.target.rpartition(":")[2] for seam in patches.SEAMS}

@@ -1,4 +1,4 @@
-"""How a server process takes adapters while it runs: one JSON line each way over a unix socket of its own rank."""
+"""The control protocol between gateway and shards: one JSON line each way over each rank's unix socket."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from tgi_patch.server.registry import AdapterTaken, Registry, UnknownAdapter
 from tgi_patch.settings import private_directory
 
 MAX_LINE = 1 << 20
+MAX_PATH_BYTES = 107
 KINDS = {HubError: "failed", AdapterError: "refused", AdapterTaken: "taken", UnknownAdapter: "unknown"}
 
 
@@ -22,29 +23,46 @@ def socket_path(directory: Path, rank: int) -> Path:
 
 
 class ControlServer:
-    """Answers on a unix socket that only this user may open. Its threads end with the process.
+    """Serves a rank's unix socket, which only this user can open. Its threads end with the process.
 
-    A request is {"op": "add", "name": ..., "location": ...}, {"op": "remove", "name": ...}, {"op": "list"},
-    {"op": "faults"} or {"op": "statistics"}. An answer is {"ok": true, ...} or
-    {"ok": false, "kind": ..., "error": ...}.
+    Requests: {"op": "add", "name": ..., "location": ...}, {"op": "remove", "name": ...}, {"op": "list"},
+    {"op": "faults"}, {"op": "statistics"}. Responses: {"ok": true, ...} or {"ok": false, "kind": ..., "error": ...},
+    where kind is "failed" (trying again may help), "refused", "taken" or "unknown".
+
+    Args:
+        directory: of the sockets; made if it does not exist
+        rank: of this process
+        registry: that adapters are added to and removed from
+    Raises:
+        ValueError: the socket's path is too long.
+        SettingsError: others can write to the directory.
     """
 
     def __init__(self, directory: Path, rank: int, registry: Registry):
         self.path = socket_path(private_directory(directory), rank)
         self.path.unlink(missing_ok=True)
-        # a path of a unix socket has at most 107 bytes
-        if len(os.fsencode(self.path)) > 107:
-            raise ValueError(f"PREFT_CONTROL_DIR: {self.path} is too long for a socket; choose a shorter directory")
-        self._server = _Server(str(self.path), _Handler)
+        length = len(os.fsencode(self.path))
+        if length > MAX_PATH_BYTES:
+            raise ValueError(
+                f"PREFT_CONTROL_DIR: {self.path} has {length} bytes and a socket's path may have {MAX_PATH_BYTES}: "
+                "choose a shorter directory"
+            )
+        self._server = _Server(str(self.path), _Handler, bind_and_activate=False)
         self._server.registry = registry
+        self._server.server_bind()
         self.path.chmod(0o600)
         self._thread = threading.Thread(target=self._server.serve_forever, name="preft-control", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Begins to serve. Until then connections are refused. Calling it again is a no-op."""
+        if self._thread.ident is None:
+            self._server.server_activate()
+            self._thread.start()
 
     def close(self) -> None:
-        self._server.shutdown()
+        """Stops serving and removes the socket."""
+        if self._thread.is_alive():
+            self._server.shutdown()
         self._server.server_close()
         self.path.unlink(missing_ok=True)
 
@@ -60,22 +78,22 @@ class _Handler(socketserver.StreamRequestHandler):
             try:
                 request = json.loads(line)
                 if not isinstance(request, dict):
-                    raise ValueError("a request is one JSON object")
+                    raise ValueError("a control request must be one JSON object")
                 assert isinstance(self.server, _Server)
-                answer = {"ok": True, **answer_to(self.server.registry, request)}
+                response = {"ok": True, **respond(self.server.registry, request)}
             except tuple(KINDS) as error:
                 kind = next(kind for of, kind in KINDS.items() if isinstance(error, of))
-                answer = {"ok": False, "kind": kind, "error": str(error)}
+                response = {"ok": False, "kind": kind, "error": str(error)}
             except (ValueError, KeyError, TypeError) as error:
-                answer = {"ok": False, "kind": "refused", "error": f"{type(error).__name__}: {error}"}
+                response = {"ok": False, "kind": "refused", "error": f"{type(error).__name__}: {error}"}
             except OSError as error:
-                # a full disk, a file that went away
-                answer = {"ok": False, "kind": "failed", "error": str(error)}
-            self.wfile.write(json.dumps(answer).encode() + b"\n")
+                # a full disk, a missing file
+                response = {"ok": False, "kind": "failed", "error": str(error)}
+            self.wfile.write(json.dumps(response).encode() + b"\n")
 
 
-def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
-    """Does what a request asks for and returns the answer's fields.
+def respond(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
+    """Carries out a request and returns the fields of its response.
 
     Raises:
         ValueError: no such operation, or what the registry raises.
@@ -94,14 +112,14 @@ def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
         return {"faults": registry.faults()}
     if operation == "statistics":
         return {"statistics": registry.statistics()}
-    raise ValueError(f"op is {operation!r}: add, remove, list, faults or statistics")
+    raise ValueError(f"op is {operation!r}: must be add, remove, list, faults or statistics")
 
 
 def ask(directory: Path, rank: int, request: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
-    """Sends one request to a rank and returns its answer.
+    """Sends one request to a rank and returns the response.
 
     Raises:
-        OSError: nobody listens, or no answer in time.
+        OSError: the rank does not listen, as before its warm-up has ended, or does not respond in time.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)

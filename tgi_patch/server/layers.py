@@ -1,6 +1,6 @@
-"""What stands in for TGI's functions. Each takes the original and returns its replacement; `patches` is the table.
+"""What replaces TGI's functions. Each takes the shard and the original and returns the replacement.
 
-TGI's modules are imported inside of functions: this module can be read, and its logic tested, without them.
+`patches` is the table. TGI's modules are imported inside functions, so that this module is tested without them.
 """
 
 import functools
@@ -12,13 +12,13 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from preft_core.format.config import MAX_CONFIG_BYTES, parse_json, read_limited
-from tgi_patch.server import engine
 from tgi_patch.server.prefixes import OWNER
 from tgi_patch.server.routing import TICKET, add_linear, current
+from tgi_patch.server.shard import Shard
 from tgi_patch.server.target_modules import SITE, fix_layer_names
 
 
-def column_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def column_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
     """Adds PreFT adapters to q, k, v, gate and up projections after TGI's own forward."""
 
     @functools.wraps(original)
@@ -34,8 +34,8 @@ def column_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def row_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds adapters to o and down projections before the sum over shards, where TGI adds its own after it."""
+def row_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds adapters to o and down projections before the sum over shards. TGI adds its own after it."""
 
     @functools.wraps(original)
     def forward(self: Any, input: Any, adapter_data: Any) -> Any:
@@ -44,7 +44,7 @@ def row_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if site is None:
             route = None
         world_size = self.process_group.size()
-        if world_size == 1 or not (route is not None or (engine.fixes("rows") and _has_lora(self, adapter_data))):
+        if world_size == 1 or not (route is not None or (shard.fixes("rows") and _has_lora(self, adapter_data))):
             result = original(self, input, adapter_data)
             if route is not None:
                 add_linear(route, str(site), result, input)
@@ -62,70 +62,64 @@ def row_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def from_tokenized(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Resolves each request's adapter, and refuses an unknown one where TGI would serve the base model."""
+def from_tokenized(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Resolves each request's adapter. Raises for an unknown one, which TGI would serve as the base model."""
 
     @functools.wraps(original)
     def resolved(cls: Any, pb: Any, tokenizer: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        served = engine.served()
-        if served is None:
-            return original(cls, pb, tokenizer, inputs, *args, **kwargs)
-        tickets = [served.ticket(request) for request in pb.requests]
-        found = served.find_prefixes(pb.requests, tickets, inputs)
+        tickets = [shard.ticket(request) for request in pb.requests]
+        owners = [shard.owner(request, ticket) for request, ticket in zip(pb.requests, tickets, strict=True)]
+        found = None if shard.prefixes is None else shard.prefixes.find(pb.requests, owners, inputs)
         batch = original(cls, pb, tokenizer, inputs, *args, **kwargs)
-        for criterion, ticket, request in zip(batch.stopping_criterias, tickets, pb.requests, strict=True):
+        rows = zip(batch.stopping_criterias, tickets, owners, pb.requests, strict=True)
+        for criterion, ticket, owner, request in rows:
             setattr(criterion, TICKET, ticket)
-            setattr(criterion, OWNER, served.owner(request, ticket) if request.blocks else None)
-        if found:
-            served.fill_prefixes(batch, found)
+            setattr(criterion, OWNER, owner if request.blocks else None)
+        if shard.prefixes is not None and found is not None:
+            shard.prefixes.fill(batch, found)
         return batch
 
     return resolved
 
 
-def generate_token(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Routes the prefill rows of a forward to their adapters. A decode forward goes straight to TGI."""
+def generate_token(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Routes the prefill rows of a forward to their adapters. Decode forwards are TGI's alone."""
 
     @functools.wraps(original)
     def routed_token(self: Any, batch: Any) -> Any:
-        served = engine.served()
-        if served is None or not batch.prefilling:
+        if not batch.prefilling:
             return original(self, batch)
         before = list(batch.prefilling_mask)
-        with served.route(batch):
+        with shard.route(batch):
             result = original(self, batch)
-        served.keep_prefixes(batch, before)
+        shard.keep_prefixes(batch, before)
         for criterion, prefilling in zip(batch.stopping_criterias, batch.prefilling_mask, strict=True):
             if not prefilling:
-                # the prompt is in the cache: its adapter is not needed any more
+                # the prompt is in the KV cache: decode does not need the adapter
                 setattr(criterion, TICKET, None)
         return result
 
     return routed_token
 
 
-def warmup(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs the warm-up prefill through empty slots, so that the memory it needs is not given to the KV cache."""
+def warmup(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs the warm-up prefill through empty slots, so that its memory is not given to the KV cache."""
 
     @functools.wraps(original)
     def warmed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        served = engine.served()
-        if served is None:
-            return original(self, *args, **kwargs)
-        with served.warming():
-            served.reserve_prefixes(self)
+        with shard.warming(self):
             return original(self, *args, **kwargs)
 
     return warmed
 
 
-def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Never replays a CUDA graph for a decode batch that holds an all-token LoRA: graphs were captured without it."""
+def model_forward(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a decode batch with an all-token LoRA without CUDA graphs, which were captured without adapters."""
 
     @functools.wraps(original)
     def forward(self: Any, batch: Any, adapter_data: Any) -> Any:
         decode = batch.cu_seqlen_prefill is None
-        if not (decode and self.cuda_graphs and engine.fixes("graphs") and _any_lora(adapter_data)):
+        if not (decode and self.cuda_graphs and shard.fixes("graphs") and _any_lora(adapter_data)):
             return original(self, batch, adapter_data)
         graphs, self.cuda_graphs = self.cuda_graphs, {}
         try:
@@ -136,17 +130,17 @@ def model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def lora_config_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a LoRA whose options TGI would drop without a word."""
+def lora_config_load(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a LoRA with options that TGI ignores."""
 
     @functools.wraps(original)
     def load(cls: Any, adapter_id: str, api_token: Any) -> Any:
-        if engine.fixes("options"):
+        if shard.fixes("options"):
             faults = lora_faults(_config_of(adapter_id, api_token))
             if faults:
                 raise ValueError(
-                    f"LORA_ADAPTERS: {adapter_id} would be served wrong: {'; '.join(faults)}; retrain it without, or "
-                    "set PREFT_LORA_FIXES without `options` to serve it as TGI does"
+                    f"LORA_ADAPTERS: {adapter_id} would be served wrong: {'; '.join(faults)}; retrain it without "
+                    "them, or set PREFT_LORA_FIXES without `options` to serve it as TGI does"
                 )
         return original(cls, adapter_id, api_token)
 
@@ -154,9 +148,9 @@ def lora_config_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lora_faults(config: dict[str, Any]) -> list[str]:
-    """Returns what TGI 3.3.7 ignores of a LoRA's adapter_config."""
+    """Returns the options of a LoRA's adapter_config that TGI 3.3.7 ignores."""
     peft_type = config.get("peft_type")
-    faults = [] if peft_type == "LORA" else [f"peft_type is {peft_type}, and it must be LORA"]
+    faults = [] if peft_type == "LORA" else [f"peft_type is {peft_type}: must be LORA"]
     faults += [
         f"{name} is {config[name]!r}"
         for name in (
@@ -182,15 +176,15 @@ def lora_faults(config: dict[str, Any]) -> list[str]:
     return faults
 
 
-def model_with_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Finds the places in the loaded model and allocates the slots, before the KV cache is sized."""
+def model_with_adapters(shard: Shard, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Finds the target modules of the loaded model and allocates the slots, before the KV cache is sized."""
 
     @functools.wraps(original)
     def loaded(*args: Any, **kwargs: Any) -> Any:
         model = original(*args, **kwargs)
-        if engine.fixes("names"):
+        if shard.fixes("names"):
             fix_layer_names(model.model)
-        engine.attach(model)
+        shard.attach(model)
         return model
 
     return loaded

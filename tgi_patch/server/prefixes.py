@@ -1,4 +1,4 @@
-"""A prefix cache that keeps adapters apart: KV of finished prompts, copied into blocks of our own."""
+"""A prefix cache keyed by adapter: KV of finished prompts, copied to blocks that TGI's router does not know."""
 
 import hashlib
 import math
@@ -12,33 +12,33 @@ import torch
 from torch import Tensor
 
 OWNER = "__preft_owner__"
-"""Attribute of a request's stopping criterion: who made its prompt's KV, None where it is not to be kept."""
+"""Attribute of a request's stopping criterion: the owner of its prompt's KV; None if it is not kept."""
 MIN_UNIT = 16
-"""Tokens that are kept or found together, at least. TGI's block may be of one token."""
+"""Fewest tokens that are kept or found together. A block of TGI's may have one token."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The beginning of a prompt that is in the cache: units of the store, and how many tokens they are."""
+    """The cached prefix of a prompt: units of the store, and their number of tokens."""
 
     units: tuple[int, ...] = ()
     num_tokens: int = 0
 
 
 class PrefixCache:
-    """KV by (owner, tokens). The owner is an adapter's key in the pool, which no other adapter ever has, or the base.
+    """KV by (owner, tokens). The owner is the base model or an adapter's key in the pool, which is never used again.
 
-    Units of whole blocks are copied, so the layout inside of a block is TGI's own affair. A unit is found only
-    together with all that come before it, as its key is a hash over the owner and all tokens up to its end. What was
-    not used for longest makes room, the end of a prompt before its beginning.
+    Whole blocks are copied, so the layout inside a block does not matter. A unit's key is a hash over the owner and
+    all tokens up to the unit's end, so a unit is found only together with all before it. The least recently used unit
+    is evicted first, the end of a prompt before its beginning.
 
     Args:
         layers: key and value tensors of each layer, (num_blocks, ...), as TGI makes them: the store
         block_size: tokens in a block
     Attributes:
         unit: tokens in a unit
-        hit_tokens, asked_tokens: prompt tokens that were found, and that were looked for, since the start
-        evictions: units that made room
+        hit_tokens, asked_tokens: prompt tokens found and looked up since the start
+        evictions: units evicted since the start
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], block_size: int):
@@ -52,7 +52,7 @@ class PrefixCache:
         self.hit_tokens = self.asked_tokens = self.evictions = 0
 
     def find(self, owner: str, tokens: Sequence[int]) -> Found:
-        """Returns the longest beginning that is kept. A prompt's last token is never in it: it is computed always."""
+        """Returns the longest cached prefix. It never includes a prompt's last token, which is always computed."""
         self.asked_tokens += len(tokens)
         keys = self._keys(owner, tokens, (len(tokens) - 1) // self.unit)
         present = []
@@ -65,7 +65,7 @@ class PrefixCache:
         return Found(tuple(self._units[key] for key in present), len(present) * self.unit)
 
     def fill(self, found: Found, kv_cache: Sequence[Any], blocks: Sequence[int]) -> None:
-        """Copies what was found into a request's own blocks.
+        """Copies a cached prefix into a request's blocks.
 
         Args:
             kv_cache: TGI's, with `key` and `value` of each layer
@@ -74,10 +74,10 @@ class PrefixCache:
         self._copy(found.units, kv_cache, blocks, into_store=False)
 
     def keep(self, owner: str, tokens: Sequence[int], kv_cache: Sequence[Any], blocks: Sequence[int]) -> None:
-        """Copies the whole units of a finished prompt that are not kept yet.
+        """Copies the whole units of a finished prompt that are not cached yet.
 
         Args:
-            tokens: of the prompt, no generated one
+            tokens: of the prompt, without generated ones
             blocks: that hold its KV, in the order of its tokens
         """
         keys = self._keys(owner, tokens, min(len(tokens) // self.unit, self.capacity))
@@ -91,12 +91,12 @@ class PrefixCache:
         except BaseException:
             self._free += units
             raise
-        # only now can they be found
+        # findable only after the copy
         self._units.update(zip((keys[i] for i in begins), units, strict=True))
         self._touch(keys)
 
     def statistics(self) -> dict[str, float]:
-        """Returns counts since the start, under names that a metric may have."""
+        """Returns counts since the start, by metric name."""
         return {
             "prefix_units": self.capacity,
             "prefix_units_used": len(self._units),
@@ -114,7 +114,7 @@ class PrefixCache:
         return keys
 
     def _touch(self, keys: Sequence[bytes]) -> None:
-        """Makes keys of one prompt the last to be dropped, its beginning after its end."""
+        """Makes the units of one prompt the most recently used, its beginning after its end."""
         for key in reversed(keys):
             self._units.move_to_end(key)
 
@@ -140,16 +140,16 @@ class PrefixCache:
 
 
 def blocks_per_unit(block_size: int) -> int:
-    """Returns how many of TGI's blocks are kept and found together."""
+    """Returns the number of TGI's blocks in a unit."""
     return math.ceil(MIN_UNIT / block_size)
 
 
 def num_blocks(num_tokens: int, block_size: int) -> int:
-    """Returns how many blocks hold so many tokens, in whole units, one at least."""
+    """Returns the number of blocks for num_tokens, in whole units, at least one."""
     per_unit = blocks_per_unit(block_size)
     return max(num_tokens // (block_size * per_unit), 1) * per_unit
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Returns 8-bit floats as bytes: they are copied only, and not every device indexes them."""
+    """Returns 8-bit floats as bytes, since not every device can index them."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor

@@ -1,78 +1,56 @@
-"""The adapters that one server process knows, by id, and who still needs one that was removed."""
+"""The adapters of one server process, by id: added, checked, removed."""
 
+import os
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from preft_core.format.adapter import Adapter, AdapterConfig, AdapterError
+from preft_core.format.adapter import WEIGHTS_NAME, Adapter, AdapterConfig, AdapterError
+from preft_core.format.header import HEADER_START_BYTES, header_length
 from preft_core.hub.source import AdapterSource, find_adapter, hub_id, same_place
 from preft_core.pool.layout import Bucket, Layout, bucket_of, check_sites
 from preft_core.pool.lease import unknown_names
 from preft_core.pool.slots import SlotPool
+from tgi_patch.server.known import KnownAdapter, RemovedAdapters, Ticket
 from tgi_patch.server.prefixes import PrefixCache
-from tgi_patch.server.target_modules import Place, shard_adapter
+from tgi_patch.server.target_modules import TargetModule, shard_adapter
 from tgi_patch.settings import Settings
+
+MAX_HEADER_BYTES = 1 << 20
+"""Of an adapter's safetensors file. Parsing 50 MB kept the interpreter lock, and all requests, for 0.7 s."""
 
 
 class UnknownAdapter(ValueError):
-    """No adapter has this id. A ValueError, since TGI ends the server on a RuntimeError."""
+    """No adapter has this id. A ValueError, because a RuntimeError ends TGI's server."""
 
 
 class AdapterTaken(ValueError):
-    """An adapter of this id is there already, from another place."""
-
-
-class Ticket:
-    """A request's hold on its adapter until its prompt is in the cache. Freed with the request that it lies on."""
-
-    __slots__ = ("__weakref__", "key")
-
-    def __init__(self, key: str):
-        self.key = key
-
-
-@dataclass
-class _Known:
-    """An adapter that was checked.
-
-    Attributes:
-        key: its name in the pool, another one each time that an id is added
-        fingerprint: of the whole adapter, the same on all shards
-        fault: why its files could not be read again; empty while they could
-    """
-
-    key: str
-    location: str
-    config: AdapterConfig
-    fingerprint: str
-    fault: str = ""
-    tickets: "weakref.WeakSet[Ticket]" = field(default_factory=weakref.WeakSet)
+    """The id is taken by an adapter of another location."""
 
 
 class Registry:
-    """Adapters by id over a slot pool. Threads may share it: requests resolve while a control thread adds and removes.
+    """Adapters by id, in a slot pool. Thread-safe: control threads add and remove while the event loop serves.
 
     Args:
-        places: of the served model
+        targets: target modules of the served model
         settings: slots, limits, names of the base model
-        model_id: what TGI was told to serve
-        sources: id -> source, those that are known from the start
+        model_id: of the served model
+        sources: id -> source of the adapters listed at start
         device, dtype: of the model
     Attributes:
-        streamed: how often a forward found no free slot for an adapter and read it from the host
-        prefixes: the prefix cache, None where there is none
+        requests: number of requests since the start, with and without an adapter
+        streamed: how often a forward found no free slot for an adapter and read it from host memory
+        prefixes: the prefix cache; None if it is off
     Raises:
-        AdapterError: an adapter that does not fit the model; all faults in one message.
+        AdapterError: listed adapters do not fit the model; all faults in one message.
     """
 
     def __init__(
         self,
-        places: Sequence[Place],
+        targets: Sequence[TargetModule],
         settings: Settings,
         model_id: str,
         sources: Mapping[str, AdapterSource],
@@ -80,10 +58,10 @@ class Registry:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        self.places = tuple(places)
+        self.targets = tuple(targets)
         self._settings = settings
         self._model_id = model_id
-        self._whole = tuple(place.whole for place in places)
+        self._whole = tuple(target.whole for target in targets)
         kinds = {site.kind for site in self._whole}
         counts: dict[Bucket, int] = dict.fromkeys(settings.reserve, 0)
         for source in sources.values():
@@ -92,20 +70,21 @@ class Registry:
         missing = [str(bucket) for bucket in counts if bucket.kind not in kinds]
         if missing:
             raise AdapterError(
-                f"{', '.join(missing)}: this model has no place for DiReFT-P in TGI, which has one in llama, phi3, "
-                "granite, mistral, qwen2, gemma2 and gemma3; serve LoRA-P adapters, or another model"
+                f"{', '.join(missing)}: this model takes no DiReFT-P adapters in TGI; llama, phi3, granite, mistral, "
+                "qwen2, gemma2 and gemma3 do: serve LoRA-P adapters, or another model"
             )
         self.pool = SlotPool(
-            [place.local for place in places],
+            [target.local for target in targets],
             {bucket: settings.slots or min(max(count, 8), 64) for bucket, count in sorted(counts.items())},
             device=device,
             dtype=dtype,
             max_host_bytes=settings.host_bytes,
         )
         self.layouts = {bucket: Layout(self.pool.sites, bucket) for bucket in self.pool.buckets}
-        self._known: dict[str, _Known] = {}
-        self._leaving: list[_Known] = []
+        self._known: dict[str, KnownAdapter] = {}
+        self._removed = RemovedAdapters(settings.max_adapters)
         self._number = 0
+        self.requests = 0
         self.streamed = 0
         self.prefixes: PrefixCache | None = None
         self._lock = threading.RLock()
@@ -119,11 +98,11 @@ class Registry:
             raise AdapterError("adapters that cannot be served: " + "; ".join(faults))
 
     def add(self, name: str, location: str) -> None:
-        """Reads, checks and keeps an adapter. Doing it twice with the same place and content is no fault.
+        """Reads, checks and registers an adapter. Adding the same location and content again is a no-op.
 
         Raises:
-            AdapterError: it cannot be had, is not what the format allows, or does not fit the model.
-            AdapterTaken: the id stands for an adapter of another place, or the directory's content is another now.
+            AdapterError: it cannot be loaded, breaks the format, or does not fit the model.
+            AdapterTaken: the id is taken by another location, or the directory's content has changed.
         """
         with self._lock:
             known = self._known.get(name)
@@ -133,7 +112,7 @@ class Registry:
             raise AdapterTaken(f"{name!r}: {location} has other content than when it was added: remove it first")
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Requests whose prompt is being computed with it go on.
+        """Removes an adapter. It is kept for requests that were sent before, see `RemovedAdapters`.
 
         Raises:
             UnknownAdapter: no adapter has this id.
@@ -142,11 +121,13 @@ class Registry:
             known = self._known.pop(name, None)
             if known is None:
                 raise UnknownAdapter(self._unknown(name))
-            self._leaving.append(known)
+            self._removed.add(known, self.requests)
             self._sweep()
 
     def ticket(self, name: str) -> Ticket:
-        """Returns a hold on an adapter, having made sure that its weights are on the host.
+        """Returns a ticket that keeps an adapter, and reads its weights to the host if they are not there.
+
+        A removed adapter counts as known during its grace period: an error would fail every request of the batch.
 
         Raises:
             UnknownAdapter: no adapter has this id.
@@ -154,23 +135,23 @@ class Registry:
         """
         with self._lock:
             self._sweep()
-            known = self._known.get(name)
+            known = self._known.get(name) or self._removed.find(name)
             if known is None:
                 raise UnknownAdapter(self._unknown(name))
-            ticket = Ticket(known.key)
-            known.tickets.add(ticket)
+            ticket = known.ticket()
         if known.key not in self.pool.resident():
             try:
                 self.pool.packed(known.key)
             except (ValueError, OSError) as error:
-                # the whole batch fails with it; the front door lets no further request come
+                # the whole batch fails; the gateway reads `faults` and refuses further requests
                 known.fault = str(error)
                 raise
         return ticket
 
     def adapters(self) -> dict[str, dict[str, Any]]:
-        """Returns id -> facts of the known adapters."""
+        """Returns id -> location, method, rank, base model and fingerprint of the known adapters."""
         with self._lock:
+            self._sweep()
             known = dict(self._known)
         return {
             name: {
@@ -184,12 +165,12 @@ class Registry:
         }
 
     def faults(self) -> dict[str, str]:
-        """Returns the ids of adapters whose files could not be read again, and why."""
+        """Returns id -> reason of the adapters whose files could not be read again."""
         with self._lock:
             return {name: known.fault for name, known in self._known.items() if known.fault}
 
     def statistics(self) -> dict[str, float]:
-        """Returns counts since the start, and sizes now, under names that a metric may have."""
+        """Returns counts since the start and current sizes, by metric name."""
         counters = self.pool.counters()
         resident = self.pool.resident()
         return {
@@ -221,9 +202,7 @@ class Registry:
         bucket = bucket_of(source.config)
         if bucket not in self.pool.buckets:
             have = ", ".join(map(str, self.pool.buckets))
-            raise AdapterError(
-                f"it needs slots for {bucket} and the server has {have}: set PREFT_RESERVE, start again"
-            )
+            raise AdapterError(f"it needs slots for {bucket} and the server has {have}: set PREFT_RESERVE and restart")
         first = [self._load(source)]
         fingerprint = first[0].fingerprint
 
@@ -232,9 +211,9 @@ class Registry:
 
         with self._lock:
             if name in self._known:
-                raise AdapterTaken(f"{name!r} was added meanwhile: ask again")
+                raise AdapterTaken(f"{name!r} was added by another request meanwhile: send this one again")
             self._number += 1
-            known = _Known(f"{name}#{self._number}", source.location, source.config, fingerprint)
+            known = KnownAdapter(name, f"{name}#{self._number}", source.location, source.config, fingerprint)
             self.pool.add(known.key, source.config, load)
         try:
             self.pool.packed(known.key)
@@ -245,21 +224,37 @@ class Registry:
             self._known[name] = known
 
     def _load(self, source: AdapterSource) -> Adapter:
-        file = Path(source.fetch()) / "adapter_model.safetensors"
-        size = file.stat().st_size if file.exists() else 0
+        """Returns this shard's part of an adapter, checked.
+
+        Runs in a thread beside the event loop that serves gRPC, so it must not hold the interpreter lock for long: the
+        header, which is parsed under the lock, is limited; tensors are read and checked without it.
+        """
+        file = Path(source.fetch()) / WEIGHTS_NAME
+        if file.exists():
+            self._check_size(file)
+        adapter = source.load()
+        modules = adapter.modules().items()
+        shapes = {path: {leaf: tuple(tensor.shape) for leaf, tensor in leaves.items()} for path, leaves in modules}
+        check_sites(adapter.config, shapes, self._whole)
+        return shard_adapter(adapter, self.targets)
+
+    def _check_size(self, file: Path) -> None:
+        with file.open("rb") as reader:
+            size = os.fstat(reader.fileno()).st_size
+            header_bytes = header_length(reader.read(HEADER_START_BYTES), size, str(file))
         if size > self._settings.max_bytes:
             raise AdapterError(
                 f"{file} has {size} bytes and PREFT_MAX_ADAPTER_BYTES is {self._settings.max_bytes}: raise it, or "
                 "train a smaller adapter"
             )
-        adapter = source.load()
-        modules = adapter.modules().items()
-        shapes = {path: {leaf: tuple(tensor.shape) for leaf, tensor in leaves.items()} for path, leaves in modules}
-        check_sites(adapter.config, shapes, self._whole)
-        return shard_adapter(adapter, self.places)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"{file} has a header of {header_bytes} bytes and a shard reads at most {MAX_HEADER_BYTES}: save the "
+                "adapter without metadata, or train it on fewer modules"
+            )
 
     def _check_base(self, config: AdapterConfig) -> None:
-        """Refuses an adapter of another base model; its shapes may fit all the same."""
+        """Refuses an adapter of another base model, even if its shapes fit."""
         base = config.base_model_name_or_path
         accepted = (self._model_id, *self._settings.base_models)
         if base is None or base in accepted:
@@ -270,10 +265,8 @@ class Registry:
         )
 
     def _sweep(self) -> None:
-        """Takes removed adapters that no request needs out of the pool."""
-        done = [known for known in self._leaving if not len(known.tickets)]
-        self._leaving = [known for known in self._leaving if known not in done]
-        for known in done:
+        """Takes removed adapters that no request can name any more out of the pool."""
+        for known in self._removed.pop_expired(self.requests):
             self.pool.remove(known.key)
 
     def _unknown(self, name: str) -> str:

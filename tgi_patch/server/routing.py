@@ -1,9 +1,10 @@
-"""Which rows of one forward of TGI take which adapter: worked out once, read by all layers."""
+"""Which rows of a forward take which adapter. Computed once per forward, read by all layers."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from preft_core.pool.layout import Bucket, Layout
 from preft_core.pool.lease import Lease
 from preft_core.pool.slots import SlotPool
 from preft_core.rule.tokens import BASE, Segments, Span, prefill_span
-from tgi_patch.server.registry import Registry, Ticket
+from tgi_patch.server.known import Ticket
+from tgi_patch.server.registry import Registry
 
 TICKET = "__preft_ticket__"
 """Attribute of a request's stopping criterion, the object that TGI carries through filter and concatenate."""
@@ -24,7 +26,7 @@ TICKET = "__preft_ticket__"
 
 @dataclass(frozen=True)
 class PrefillRows:
-    """Rows begin <= row < end of a forward that are prefill of a request with this adapter."""
+    """Rows begin <= row < end of a forward: prefill of a request with this adapter."""
 
     key: str
     begin: int
@@ -32,10 +34,24 @@ class PrefillRows:
 
 
 @dataclass(frozen=True)
-class Route:
-    """The adapted rows of one forward: for each slab of slots its weights by site, and its segments."""
+class RouteGroup:
+    """The rows of one forward whose adapters lie in the same slab of slots: weights by site, and segments."""
 
-    groups: tuple[tuple[Mapping[str, Weights], Segments], ...]
+    weights: Mapping[str, Weights]
+    segments: Segments
+
+    @cached_property
+    def is_adapted(self) -> Tensor:
+        """Bool, (rows, 1), on the device of the segments. Made once per forward."""
+        mask = torch.zeros(self.segments.num_rows, 1, dtype=torch.bool, device=self.segments.rows.device)
+        return mask.index_fill_(0, self.segments.rows.long(), True)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The adapted rows of one forward."""
+
+    groups: tuple[RouteGroup, ...]
 
 
 class _Current(threading.local):
@@ -67,9 +83,9 @@ def prefill_rows(
 
 @contextmanager
 def routed(registry: Registry, rows: Sequence[PrefillRows], num_rows: int) -> Iterator[Route]:
-    """Pins the adapters of a forward and lets the layers see its route, until the forward was started.
+    """Pins the adapters of a forward and makes its route current while the forward is launched.
 
-    Adapters that find no free slot are read from their packed copy on the host, site by site: slower, and right.
+    Adapters that find no free slot are read from host memory, target module by target module: slower, same result.
     """
     leases, slots, rest = _pin(registry.pool, list(dict.fromkeys(row.key for row in rows)))
     registry.streamed += len(rest)
@@ -78,11 +94,11 @@ def routed(registry: Registry, rows: Sequence[PrefillRows], num_rows: int) -> It
         groups = []
         for bucket in sorted({bucket for bucket, _ in slots.values()}):
             index = {key: slot for key, (owner, slot) in slots.items() if owner == bucket}
-            groups.append((registry.pool.weights(bucket), _segments(rows, index, num_rows, device)))
+            groups.append(RouteGroup(registry.pool.weights(bucket), _segments(rows, index, num_rows, device)))
         for key in rest:
             layout = registry.layouts[registry.pool.bucket(key)]
             weights = _FromHost(layout, registry.pool.packed(key), device)
-            groups.append((weights, _segments(rows, {key: 0}, num_rows, device)))
+            groups.append(RouteGroup(weights, _segments(rows, {key: 0}, num_rows, device)))
         with visible(Route(tuple(groups))) as route:
             yield route
     finally:
@@ -92,7 +108,7 @@ def routed(registry: Registry, rows: Sequence[PrefillRows], num_rows: int) -> It
 
 @contextmanager
 def visible(route: Route) -> Iterator[Route]:
-    """Lets the layers see a route."""
+    """Makes a route current in this thread."""
     before, _CURRENT.route = _CURRENT.route, route
     try:
         yield route
@@ -101,60 +117,60 @@ def visible(route: Route) -> Iterator[Route]:
 
 
 def current() -> Route | None:
-    """Returns the route of this thread's forward; None when it has no adapted row, as in every decode step."""
+    """Returns this thread's current route; None if the forward has no adapted row, as in every decode step."""
     return _CURRENT.route
 
 
 def warm_route(registry: Registry, num_rows: int) -> Route:
-    """Returns a route that sends all rows through empty slots: it costs what a prefill costs and changes nothing."""
+    """Returns a route of all rows through empty slots, with the cost of an adapted prefill and no effect."""
     segments = Segments.of_spans([Span(0, 0, num_rows)], num_rows, registry.pool.device)
     last_of_kind = {bucket.kind: bucket for bucket in sorted(registry.pool.buckets)}
-    return Route(tuple((registry.pool.weights(bucket), segments) for bucket in last_of_kind.values()))
+    return Route(tuple(RouteGroup(registry.pool.weights(bucket), segments) for bucket in last_of_kind.values()))
 
 
 def compile_kernels(registry: Registry) -> int:
-    """Compiles what forwards of this registry's adapters can need of the kernels; returns how many ops that took."""
+    """Compiles the kernels that this registry's adapters can need. Returns the number of ops run for it."""
     pool = registry.pool
     return ops.warm_up(one for bucket in pool.buckets for one in pool.weights(bucket).values())
 
 
 def add_linear(route: Route, site: str, output: Tensor, x: Tensor) -> None:
-    """Adds to a linear layer's output, in place, what the adapters of a route add at this site.
+    """Adds the LoRA-P updates of a route to a linear layer's output, in place.
 
     Args:
-        output: (rows, width) of this shard
+        site: name of the layer's site
+        output: (rows, width) of this shard; changed in place
         x: (rows, width_in) of this shard
     """
-    for weights, segments in route.groups:
-        found = weights.get(site)
+    for group in route.groups:
+        found = group.weights.get(site)
         if found is not None and found.bias is None:
-            add_lora_(output, x, found.a, found.b, found.widths, segments)
+            add_lora_(output, x, found.a, found.b, found.widths, group.segments)
 
 
 def edit_block(route: Route, site: str, output: Any) -> Any:
-    """Returns a decoder layer's output with the edits of a route on its residual stream.
+    """Returns a decoder layer's output with the DiReFT-P edits of a route on the residual stream.
 
-    Where the layer returns (hidden, residual), whose sum is the stream, the edited rows become (stream, 0), so that
-    the sum is the edited stream exactly; other rows keep both parts and their rounding.
+    If the layer returns (hidden, residual), whose sum is the stream, the edited rows become (stream, 0): the sum is
+    exactly the edited stream. Other rows keep both parts and their rounding. A single tensor is changed in place.
     """
-    for weights, segments in route.groups:
-        found = weights.get(site)
-        if found is None or found.bias is None or not segments.spans:
+    for group in route.groups:
+        found = group.weights.get(site)
+        if found is None or found.bias is None or not group.segments.spans:
             continue
         if isinstance(output, Tensor):
-            add_direft_(output, found.a[:, 0], found.b, found.bias, segments)
+            add_direft_(output, found.a[:, 0], found.b, found.bias, group.segments)
             continue
         hidden, residual = output
         stream = hidden + residual
-        add_direft_(stream, found.a[:, 0], found.b, found.bias, segments)
-        for span in segments.spans:
-            hidden[span.begin : span.end] = stream[span.begin : span.end]
-            residual[span.begin : span.end] = 0
+        add_direft_(stream, found.a[:, 0], found.b, found.bias, group.segments)
+        # two launches for all rows: a copy per span took thousands in a forward of 64 requests
+        output = torch.where(group.is_adapted, stream, hidden), residual.masked_fill(group.is_adapted, 0)
     return output
 
 
 class _FromHost(Mapping[str, Weights]):
-    """The weights of one adapter by site, on the device only while a layer uses them."""
+    """The weights of one adapter by site, copied to the device when a layer reads them."""
 
     def __init__(self, layout: Layout, row: Tensor, device: torch.device):
         self._views = layout.views(row[None])
@@ -174,13 +190,13 @@ class _FromHost(Mapping[str, Weights]):
 
 
 def _pin(pool: SlotPool, keys: list[str]) -> tuple[list[Lease], dict[str, tuple[Bucket, int]], list[str]]:
-    """Returns leases, key -> (bucket, slot), and the keys that found no free slot. Never waits."""
+    """Returns leases, key -> (bucket, slot), and the keys without a free slot. Does not wait."""
     leases: list[Lease] = []
     rest: list[str] = []
     try:
         leases.append(pool.acquire(keys, timeout_s=0))
     except (ValueError, TimeoutError):
-        # more adapters than slots: in slots first, so that they are not evicted for the others
+        # more adapters than slots: resident ones first, so that the others do not evict them
         resident = pool.resident()
         for key in sorted(keys, key=lambda key: key not in resident):
             try:

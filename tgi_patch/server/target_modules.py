@@ -1,6 +1,6 @@
-"""Where in a TGI model adapters act, under which names an adapter knows these places, and what a shard holds of them.
+"""Target modules of a TGI model: TGI's layers, their names in an adapter, and this shard's part of each.
 
-Duck-typed: it reads attributes of TGI's layers and imports nothing of TGI, so that it is tested without it.
+Reads attributes of TGI's layers and imports nothing of TGI, so that it is tested without TGI.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,25 +14,25 @@ from preft_core.format.adapter import Adapter
 from preft_core.pool.layout import Site
 
 SITE = "__preft_site__"
-"""Attribute of a layer that adapters act at: the name of its site."""
+"""Attribute of a target module: the name of its site."""
 COLUMN, ROW = "TensorParallelMultiAdapterLinear", "TensorParallelAdapterRowLinear"
 BLOCKS = {"FlashLlamaLayer", "MistralLayer", "Qwen2Layer", "FlashGemma2Layer", "FlashGemma3Layer"}
-"""Decoder layers whose output was read: one tensor, or (hidden, residual) with the stream as their sum."""
+"""Decoder layers whose output is known: one tensor, or (hidden, residual) whose sum is the residual stream."""
 
 
 class UnsupportedModel(ValueError):
-    """A model that TGI serves without the layers that adapters need."""
+    """The model cannot serve PreFT adapters in TGI."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A site of the whole model and the part of it that this shard computes.
+class TargetModule:
+    """A target module of the whole model, and the part of it that this shard computes.
 
     Attributes:
         module: TGI's layer
-        whole: the site as an adapter sees it
-        rows: path -> the rows of B that this shard has, None for all
-        columns: the columns of A that this shard has, None for all
+        whole: the site with the widths of the whole model, as in an adapter's files
+        rows: path -> rows of B on this shard; None for all
+        columns: columns of A on this shard; None for all
     """
 
     module: nn.Module
@@ -52,60 +52,62 @@ class Place:
         return replace(self.whole, in_features=width_in, widths=widths)
 
 
-def find_places(model: Any, config: Any, rank: int = 0, world_size: int = 1) -> list[Place]:
-    """Returns the places of a TGI model, in the model's order.
+def find_target_modules(model: Any, config: Any, rank: int = 0, world_size: int = 1) -> list[TargetModule]:
+    """Returns the target modules of a TGI model, in the model's order.
 
     Args:
         model: TGI's module of a causal language model, with `model.layers`
         config: of the model, as transformers reads it
         rank, world_size: of this process in tensor parallel
     Raises:
-        UnsupportedModel: no such layers, or sizes that are not those of the loaded weights.
+        UnsupportedModel: it has none, or its config's sizes differ from the loaded weights.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if layers is None:
         raise UnsupportedModel(_nowhere(model))
-    places: list[Place] = []
+    targets: list[TargetModule] = []
     for index, layer in enumerate(layers):
         prefix = f"model.layers.{index}"
         for name, module in layer.named_modules():
             kind = type(module).__name__
             if kind == COLUMN:
-                place = _column_place(module, f"{prefix}.{name}", config, rank, world_size)
+                target = _column_target(module, f"{prefix}.{name}", config, rank, world_size)
             elif kind == ROW:
-                place = _row_place(module, f"{prefix}.{name}", config, rank, world_size)
+                target = _row_target(module, f"{prefix}.{name}", config, rank, world_size)
             else:
                 continue
-            if place is not None:
-                places.append(place)
+            if target is not None:
+                targets.append(target)
         if type(layer).__name__ in BLOCKS:
             hidden = config.hidden_size
-            places.append(Place(layer, Site(f"{prefix}.preft", "block", (f"{prefix}.preft",), hidden, (hidden,))))
-    if not places:
+            targets.append(
+                TargetModule(layer, Site(f"{prefix}.preft", "block", (f"{prefix}.preft",), hidden, (hidden,)))
+            )
+    if not targets:
         raise UnsupportedModel(_nowhere(model))
-    _check_weights(places)
-    return places
+    _check_weights(targets)
+    return targets
 
 
-def shard_adapter(adapter: Adapter, places: Sequence[Place]) -> Adapter:
-    """Returns the part of an adapter that this shard computes; the adapter itself where that is all of it."""
-    cuts = {path: place for place in places for path in place.whole.paths if place.rows or place.columns}
+def shard_adapter(adapter: Adapter, targets: Sequence[TargetModule]) -> Adapter:
+    """Returns this shard's part of an adapter; the adapter itself if it is not cut."""
+    cuts = {path: target for target in targets for path in target.whole.paths if target.rows or target.columns}
     tensors = {}
     for name, tensor in adapter.tensors.items():
         path, leaf = name.removeprefix("base_model.model.").rsplit(".", 1)
-        place = cuts.get(path)
-        if place is not None and leaf == "preft_A" and place.columns is not None:
-            tensor = tensor[:, place.columns]
-        if place is not None and leaf == "preft_B" and place.rows is not None:
-            tensor = tensor[place.rows[path]]
+        target = cuts.get(path)
+        if target is not None and leaf == "preft_A" and target.columns is not None:
+            tensor = tensor[:, target.columns]
+        if target is not None and leaf == "preft_B" and target.rows is not None:
+            tensor = tensor[target.rows[path]]
         tensors[name] = tensor
     return replace(adapter, tensors=tensors) if cuts else adapter
 
 
 def fix_layer_names(model: Any) -> int:
-    """Gives layers whose names are full paths (qwen2, starcoder2) the names that TGI's adapters look for.
+    """Shortens layer names that are full paths (qwen2, starcoder2) to the names that TGI's adapters look for.
 
-    Returns: how many layers were changed.
+    Returns: number of changed layers.
     """
     changed = 0
     for module in model.modules():
@@ -120,11 +122,11 @@ def fix_layer_names(model: Any) -> int:
     return changed
 
 
-def _column_place(module: Any, name: str, config: Any, rank: int, world_size: int) -> Place | None:
+def _column_target(module: Any, name: str, config: Any, rank: int, world_size: int) -> TargetModule | None:
     parent, _, own = name.rpartition(".")
     names = [name.rpartition(".")[2] for name in module.layer_names or []]
     if not names and own == "gate_up_proj":
-        # phi3: TGI gives its packed layer no name
+        # phi3: TGI does not name its packed layer
         names = ["gate_up_proj"]
     blocks = _packed_blocks(names, config)
     if not names or (blocks is None and module.sizes is None):
@@ -133,13 +135,13 @@ def _column_place(module: Any, name: str, config: Any, rank: int, world_size: in
     sizes = [sum(blocks)] if blocks is not None else list(module.sizes)[: len(names)]
     site = Site(name, "linear", paths, config.hidden_size, tuple(sizes))
     if world_size == 1:
-        return Place(module, site)
+        return TargetModule(module, site)
     parts = [blocks] if blocks is not None else [[size] for size in sizes]
     rows = {path: _shard_of(part, rank, world_size) for path, part in zip(paths, parts, strict=True)}
-    return Place(module, site, rows=rows)
+    return TargetModule(module, site, rows=rows)
 
 
-def _row_place(module: Any, name: str, config: Any, rank: int, world_size: int) -> Place | None:
+def _row_target(module: Any, name: str, config: Any, rank: int, world_size: int) -> TargetModule | None:
     if module.layer_name is None:
         return None
     parent, _, own = name.rpartition(".")
@@ -148,13 +150,13 @@ def _row_place(module: Any, name: str, config: Any, rank: int, world_size: int) 
     path = f"{parent}.{module.layer_name.rpartition('.')[2]}"
     site = Site(name, "linear", (path,), width_in, (config.hidden_size,))
     if world_size == 1:
-        return Place(module, site)
+        return TargetModule(module, site)
     width = width_in // world_size
-    return Place(module, site, columns=slice(rank * width, (rank + 1) * width))
+    return TargetModule(module, site, columns=slice(rank * width, (rank + 1) * width))
 
 
 def _packed_blocks(names: Sequence[str], config: Any) -> list[int] | None:
-    """Returns the widths that a packed layer's output is made of; each is cut by itself in tensor parallel."""
+    """Returns the widths of the parts of a packed layer's output. Tensor parallel cuts each part."""
     if list(names) == ["qkv_proj"]:
         head = _head_size(config)
         return [head * count for count in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
@@ -168,7 +170,7 @@ def _head_size(config: Any) -> int:
 
 
 def _shard_of(blocks: Sequence[int], rank: int, world_size: int) -> Tensor:
-    """Returns the rows of a shard, int64: of each block its own part."""
+    """Returns the rows of a shard, int64: its part of each block."""
     parts, begin = [], 0
     for size in blocks:
         width = size // world_size
@@ -177,18 +179,16 @@ def _shard_of(blocks: Sequence[int], rank: int, world_size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _check_weights(places: Sequence[Place]) -> None:
-    """Compares the sites with the loaded weights where these are not quantized."""
+def _check_weights(targets: Sequence[TargetModule]) -> None:
+    """Compares the target modules with the loaded weights, except quantized ones."""
     faults = []
-    for place in places:
-        weight = _weight(place.module)
-        expected = (place.local.out_features, place.local.in_features)
+    for target in targets:
+        weight = _weight(target.module)
+        expected = (target.local.out_features, target.local.in_features)
         if weight is not None and tuple(weight.shape) != expected:
-            faults.append(f"{place.whole.name} has weights {list(weight.shape)} and not {list(expected)}")
+            faults.append(f"{target.whole.name} has weights {list(weight.shape)}, expected {list(expected)}")
     if faults:
-        raise UnsupportedModel(
-            "the sizes of this model's layers are not those that its config gives: " + "; ".join(faults[:5])
-        )
+        raise UnsupportedModel("the sizes of this model's layers differ from its config: " + "; ".join(faults[:5]))
 
 
 def _weight(module: nn.Module) -> Tensor | None:
@@ -199,13 +199,13 @@ def _weight(module: nn.Module) -> Tensor | None:
 
 def _nowhere(model: Any) -> str:
     return (
-        f"TGI serves this model as {type(model).__name__}, without layers that adapters can act at: PreFT adapters "
+        f"TGI serves this model as {type(model).__name__}, which has no target modules: PreFT adapters "
         "are for llama, phi3, granite, mistral, qwen2, gemma2, gemma3 (text) and starcoder2; unset PREFT_ADAPTERS, or "
         "PREFT_DISABLE=1 to serve the model alone"
     )
 
 
-def modules_of(places: Sequence[Place]) -> Iterator[tuple[nn.Module, str]]:
-    """Yields each place's layer and the name of its site."""
-    for place in places:
-        yield place.module, place.whole.name
+def modules_of(targets: Sequence[TargetModule]) -> Iterator[tuple[nn.Module, str]]:
+    """Yields each target module and the name of its site."""
+    for target in targets:
+        yield target.module, target.whole.name

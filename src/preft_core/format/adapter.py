@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from preft_core.format.config import (
@@ -24,7 +23,7 @@ from preft_core.format.config import (
     parse_config,
     read_config,
 )
-from preft_core.format.header import TensorInfo, raise_faults, read_header
+from preft_core.format.header import TensorInfo, open_weights, raise_faults, read_header, read_tensors
 from preft_core.format.staging import staging_in
 from preft_core.orthonormal import orthonormal_rows
 
@@ -206,13 +205,10 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
             f"{WEIGHTS_NAME} only; save the adapter again with preft-hf"
         )
     config = read_config(directory)
-    check_header(config, read_header(weights))
-    try:
-        # load_file maps the file, so a later write to it would change the loaded adapter
-        read = load(weights.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{weights} cannot be read: {error}; download it again") from error
-    # load returns them in no fixed order
+    with open_weights(weights) as (header, reader):
+        check_header(config, header)
+        # not a mapped file: a later write to it would change the loaded adapter
+        read = read_tensors(header, reader)
     tensors = {name: read[name] for name in sorted(read)}
     if check_values:
         _check_values(config, tensors)

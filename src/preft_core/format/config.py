@@ -41,7 +41,7 @@ class Facts(Protocol):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of a saved adapter_config.json. docs/format.md has the meaning of each field."""
+    """The fields of a saved adapter_config.json. docs/explain/format.md has the meaning of each field."""
 
     method: str
     r: int
@@ -122,6 +122,11 @@ def parse_config(data: object) -> AdapterConfig:
     if not isinstance(data, Mapping):
         raise AdapterError(f"{CONFIG_NAME} contains {_shown(data)}: expected a JSON object")
     known = [field.name for field in fields(AdapterConfig)]
+    if data.get("peft_type") == "LORA":
+        raise AdapterError(
+            f"{CONFIG_NAME}: peft_type is 'LORA', a plain LoRA, and a PreFT adapter has 'PREFT': make one of it "
+            "with `preft distill` or `preft convert`"
+        )
     faults = []
     if data.get("peft_type") != "PREFT":
         faults.append(f"peft_type is {_shown(data.get('peft_type'))}: a PreFT adapter has 'PREFT'")

@@ -1,11 +1,16 @@
 """The header of a safetensors file, read and checked before any tensor is allocated."""
 
+import os
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from torch import Tensor
 
 from preft_core.format.config import AdapterError, parse_json
 
@@ -37,17 +42,45 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
             is not F32, F16 or BF16, or tensors that overlap, leave gaps or do not have the size of their shape.
     Source: the safetensors format: 8 bytes little-endian header length, the header as JSON, the tensors' bytes.
     """
+    with open_weights(path) as (header, _):
+        return header
+
+
+@contextmanager
+def open_weights(path: str | Path) -> Iterator[tuple[dict[str, TensorInfo], BinaryIO]]:
+    """Opens a safetensors file once. Yields its header and a reader that stands at the first tensor's bytes.
+
+    Raises:
+        AdapterError: as in read_header.
+    """
     file = Path(path)
     try:
-        size = file.stat().st_size
         with file.open("rb") as reader:
+            size = os.fstat(reader.fileno()).st_size
             length = header_length(reader.read(HEADER_START_BYTES), size, str(file))
-            text = reader.read(length)
+            yield parse_header(reader.read(length), size, str(file)), reader
     except OSError as error:
         raise AdapterError(
             f"{file} cannot be read: {error.strerror}; give the directory of a saved adapter"
         ) from error
-    return parse_header(text, size, str(file))
+
+
+def read_tensors(header: Mapping[str, TensorInfo], reader: BinaryIO) -> dict[str, Tensor]:
+    """Returns the tensors of a file opened by `open_weights`, by name.
+
+    The bytes are read without the interpreter lock. `safetensors.torch.load` copies them under it: other threads, such
+    as a server's event loop, waited 0.5 s for an adapter of 290 MB.
+
+    Raises:
+        AdapterError: the file became shorter while it was read.
+    """
+    tensors = {}
+    for name, info in sorted(header.items(), key=lambda item: (item[1].begin, item[1].end)):
+        tensors[name] = torch.empty(info.shape, dtype=info.dtype)
+        num_bytes = reader.readinto(tensors[name].flatten().view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        if num_bytes != info.end - info.begin:
+            raise AdapterError(f"{reader.name} became shorter while it was read: load it again")
+    return tensors
 
 
 def header_length(start: bytes, size: int, name: str) -> int:

@@ -1,1 +1,1 @@
-"""`preft demo`: a real small model, a real small task, and a look at what decoding runs."""
+"""`preft demo`: a small real model, a small real task, and a count of the operations that decoding runs."""

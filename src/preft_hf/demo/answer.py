@@ -1,4 +1,4 @@
-"""Answers prompts with a saved adapter in a process of its own: `python -m preft_hf.demo.answer QUESTIONS ANSWERS`."""
+"""Answers prompts with a saved adapter in a separate process: `python -m preft_hf.demo.answer QUESTIONS ANSWERS`."""
 
 import json
 import sys

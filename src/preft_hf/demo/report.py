@@ -1,4 +1,4 @@
-"""What the demo leaves behind: metrics.json, loss.png and summary.md."""
+"""The demo's results: metrics.json, loss.png and summary.md."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""The demo: finetune a prefill-only adapter on a real model, load it elsewhere, and look at what decoding runs."""
+"""The demo: finetune a prefill-only adapter on a real model, load it in a new process, and count operations."""
 
 import json
 import subprocess
@@ -17,8 +17,9 @@ from preft_hf.demo.answer import answer
 from preft_hf.demo.cities import ATTRIBUTION, Row, city_rows, field_accuracy, num_right_fields
 from preft_hf.demo.report import write_report
 from preft_hf.embedded_model import DemoModelError, load_demo_model
-from preft_hf.training.data import Sample, Turn, encode_turns
+from preft_hf.training.data import Sample, encode_turns
 from preft_hf.training.sft import TrainingPlan, evaluate, train
+from preft_hf.training.turns import Turn
 
 NUM_SHOWN = 6
 DEFAULT_LEARNING_RATES = {"lora": 3e-3, "direft": 3e-3, "loreft": 3e-3}
@@ -26,7 +27,7 @@ DEFAULT_LEARNING_RATES = {"lora": 3e-3, "direft": 3e-3, "loreft": 3e-3}
 
 @dataclass(frozen=True, kw_only=True)
 class DemoPlan:
-    """num_steps of batch size 4; method and rank of the adapter; where the results go; cities held out."""
+    """Options of the demo: output folder, steps of batch size 4, the adapter's method and rank, held-out cities."""
 
     output: Path
     num_steps: int = 100
@@ -37,11 +38,11 @@ class DemoPlan:
 
 
 def run_demo(plan: DemoPlan, console: Console) -> dict[str, Any]:
-    """Runs the demo and returns its metrics, which it also leaves in the output folder with adapter, plot and summary.
+    """Runs the demo and returns its metrics; writes them, the adapter, a plot and a summary to the output folder.
 
     Raises:
-        DemoModelError: the model cannot be had, or an extra is missing.
-        RuntimeError: decoding with the adapter ran other operations than the base model.
+        DemoModelError: the model is not available, or an extra is missing.
+        RuntimeError: decoding with the adapter ran operations that the base model does not run.
     """
     started = time.perf_counter()
     try:

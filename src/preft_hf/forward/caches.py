@@ -15,13 +15,20 @@ _NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 def cache_of(values: Mapping[str, Any]) -> Any:
     """Returns the cache among a model's arguments or outputs, None if there is none.
 
-    A cache that is not seen would make every forward look like a prompt's first, and adapt generated tokens. So
-    one under a name that is not known is found by its class.
+    Without its cache every forward of a custom loop would look like the first of a prompt. So a cache under an unknown
+    name is found by its class.
     """
     for name in _NAMES:
         if values.get(name) is not None:
             return values[name]
     return next((value for value in values.values() if isinstance(value, Cache)), None)
+
+
+def cache_of_output(output: Any) -> Any:
+    """Returns the cache among what a model or its generate returns, None if there is none."""
+    if isinstance(output, Mapping):
+        return cache_of(output)
+    return next((value for value in output if isinstance(value, Cache)), None) if isinstance(output, tuple) else None
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
@@ -30,7 +37,10 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 
 
 def cached_length(cache: Any) -> int | None:
-    """Returns the tokens in a KV cache; 0 for none, None for a cache without a length. May wait for a device."""
+    """Returns the tokens that a KV cache holds; 0 for no cache, None for one without a length. May wait for a device.
+
+    Not the tokens that the request has had: caches evict and compress.
+    """
     if cache is None:
         return 0
     if not hasattr(cache, "get_seq_length"):

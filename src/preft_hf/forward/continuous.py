@@ -17,7 +17,7 @@ from preft_hf.forward.packed import PackedAdapters, SaltedTokens, changed
 from preft_hf.forward.routing import RoutedSpan, Routing
 
 WARMUP = "__warmup_"
-"""Begins the ids of transformers' own requests, made to capture CUDA graphs. They have no adapter."""
+"""Prefix of the ids of transformers' own requests, made to capture CUDA graphs. They have no adapter."""
 
 
 class _Collected(threading.local):
@@ -26,7 +26,7 @@ class _Collected(threading.local):
 
 
 class ContinuousBatching:
-    """Stands in for one model's `generate_batch` and `init_continuous_batching`."""
+    """Replaces one model's `generate_batch` and `init_continuous_batching`."""
 
     def __init__(self, model: nn.Module, routing: Routing, original: Callable[[str], Callable[..., Any]]):
         self._model = model
@@ -38,7 +38,7 @@ class ContinuousBatching:
 
         Raises:
             NotImplementedError: a compiled forward, or tensor parallel.
-            RuntimeError: a manager from before PreFT was put on the model is kept.
+            RuntimeError: the model keeps a manager from before it had a PreFT adapter.
         """
         cached = self._model.__dict__.get("_cached_continuous_batching_manager")
         if cached is not None:
@@ -56,7 +56,7 @@ class ContinuousBatching:
         if manager.distributed_helper.tp_size > 1:
             raise NotImplementedError("continuous batching with tensor parallel is not supported with a PreFT model")
         config = copy.copy(manager.continuous_batching_config)
-        # a graph replays the rows that were prefill when it was captured; a decode graph holds the base model alone
+        # A graph replays the rows that were prefill when it was captured. A decode graph has the base model only.
         config.use_cuda_graph = (False, config.cuda_graph_booleans[1])
         config.varlen_compile_config = config.decode_compile_config = None
         manager.continuous_batching_config = config
@@ -77,7 +77,19 @@ class ContinuousBatching:
 
 
 class Requests:
-    """Knows the adapter of each request of one manager, and tells it to the forwards and to the prefix cache."""
+    """Passes the adapter of each request of one manager to its forwards and to the prefix cache.
+
+    Replaces methods of the manager and of its parts:
+
+        add_request, add_requests        take and check the adapter of each request
+        _create_batch_processor          replaces the methods below on each new processor
+        schedule_batch                   keeps a last chunk of one prompt token out of the graph of decode forwards
+        _get_waiting_candidates          starts requests only if their adapters fit into the pool's slots
+        prepare_batch_tensors            notes which tokens of the batch are prompt, and of which adapter
+        get_model_kwargs                 passes that to the forward
+        search_prefix_match,
+        mark_complete_blocks             hash blocks together with the adapter
+    """
 
     def __init__(self, manager: Any, routing: Routing):
         self._manager, self._routing = manager, routing
@@ -86,13 +98,13 @@ class Requests:
         self._collected = _Collected()
         self._processor: Any = None
         self._packed: PackedAdapters | None = None
-        # a request carries its adapter's name where its forks and its second attempts find it
+        # A request carries its adapter's name where its forks and retries find it.
         manager.logit_processor.supported_keys["adapter_name"] = str
         manager.add_request, manager.add_requests = self.add_request, self.add_requests
         manager._create_batch_processor = self.create_batch_processor
 
     def add_request(self, input_ids: list[int], *args: Any, adapter_name: str | None = None, **kwargs: Any) -> Any:
-        """Stands in for the manager's: with the request's adapter, by default the model's active one."""
+        """Adds a request with its adapter, by default the model's active one."""
         if self._collected.calls is not None:
             self._collected.calls.append({"input_ids": input_ids, **kwargs})
             return None
@@ -105,10 +117,10 @@ class Requests:
     def add_requests(
         self, inputs: list[list[int]], *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> list[str]:
-        """Stands in for the manager's: with one adapter name per prompt."""
+        """Adds requests with one adapter name per prompt."""
         given = self._routing.declared if adapter_names is None else adapter_names
         names = self._routing.for_requests(given, len(inputs), self._manager.model.training) if inputs else []
-        # transformers numbers the prompts, sorts them and adds them one by one
+        # transformers numbers the prompts, sorts them and adds them one by one.
         self._collected.calls = []
         try:
             ids = self._add_requests(inputs, *args, **kwargs)
@@ -121,7 +133,7 @@ class Requests:
         return ids
 
     def create_batch_processor(self) -> Any:
-        """Stands in for the manager's: tells the parts of a new processor which tokens are whose."""
+        """Returns a batch processor whose scheduler, inputs and cache know the adapters of the requests."""
         processor = self._create()
         if processor is self._processor:
             return processor
@@ -138,12 +150,12 @@ class Requests:
 
     def _schedule(self, original: Callable[..., Any], *args: Any) -> Any:
         requests, decode_only, num_tokens, num_read = original(*args)
-        # the graph of decode forwards has no adapter, so a last chunk of one prompt token must not go there
+        # The graph of decode forwards has no adapter, so a last chunk of one prompt token must not use it.
         decode_only = decode_only and not any(_span(request) for request in requests or [])
         return requests, decode_only, num_tokens, num_read
 
     def _fitting(self, original: Callable[..., Any]) -> list[Any]:
-        """Returns the waiting requests whose adapters have a slot beside those of the prompts under way."""
+        """Returns the waiting requests whose adapters fit into the slots beside those of the running prefills."""
         pool, held = self._routing.pool, self._routing.held()
         active = self._processor.scheduler.active_requests.values()
         taken = {_name(state) for state in active if state.status == RequestStatus.PREFILLING} - held - {BASE_NAME}
@@ -165,11 +177,11 @@ class Requests:
 
     def _bucket(self, name: str) -> Bucket:
         if self._routing.pool is None:
-            raise ValueError(f"adapter {name!r} went away with the PreftPool while its request waited")
+            raise ValueError(f"adapter {name!r} was removed with the PreftPool while its request waited")
         return self._routing.pool.bucket(name)
 
     def _fail(self, state: Any, error: Exception) -> None:
-        """Ends one waiting request with an error; the others go on."""
+        """Ends one waiting request with an error; the others continue."""
         scheduler = self._processor.scheduler
         scheduler.waiting_requests.pop(state.request_id, None)
         scheduler.waiting_requests_order.remove(state.request_id)
@@ -220,7 +232,7 @@ def _check_config(config: Any) -> None:
         )
     if config.cuda_graph_booleans[0]:
         warnings.warn(
-            "use_cuda_graph is used for decode forwards alone: a graph of a forward with prompt tokens would fix "
+            "use_cuda_graph is used for decode forwards only: a graph of a forward with prompt tokens would fix "
             "their adapters",
             stacklevel=4,
         )
@@ -235,7 +247,7 @@ def _name(state: Any) -> str:
 
 
 def _prompt_length(state: Any) -> int:
-    # a request that was put back keeps what it generated behind its prompt
+    # A preempted request keeps what it has generated after its prompt.
     return state._true_initial_tokens or len(state.initial_tokens)
 
 

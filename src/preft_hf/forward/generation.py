@@ -1,64 +1,33 @@
-"""`generate`: where the prompt ends, told to every forward of one generation, whatever its decoding method."""
+"""`generate`: tells every forward of a generation which of its tokens are prompt, whatever the decoding method."""
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from preft_core.rule.tokens import prefill_span
-from preft_hf.forward.caches import cache_of, cached_length
+from preft_core.pool.slots import BASE_NAME
+from preft_hf.forward.cache_record import check_owners, record_generated
+from preft_hf.forward.caches import cache_of, cache_of_output, cached_length
 from preft_hf.forward.continuous import ContinuousBatching
-from preft_hf.forward.per_thread import PerThread
+from preft_hf.forward.positions import Generation, WholePrefill, first_position, generation_of
 from preft_hf.forward.routing import Routing, RowAdapters
-from preft_hf.layers.phase import ForwardPhase, declared_phase
+from preft_hf.layers.per_thread import PerThread
+from preft_hf.layers.phase import ForwardPhase, declared
 
-CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+PATCHES = {
+    "generate": "records where the prompt ends, which tokens of it the model has generated into a cache that is "
+    "continued, and the adapter of each prompt; afterwards records in the cache what was generated",
+    "prepare_inputs_for_generation": "adds prefill_mask and adapter_names to a forward by the positions of its tokens",
+    "heal_tokens": "moves the end of the prompt, and passes on the adapter to the generate calls inside",
+    "generate_batch": "takes one adapter name per request",
+    "init_continuous_batching": "returns a manager whose requests have adapters; refuses compiled prefill",
+}
+"""The methods of a model that are replaced on the instance, and what each replacement adds. `remove` undoes all.
 
-
-@dataclass
-class Generation:
-    """One call of generate. Positions count every slot of a row, padding included, from the start of its cache.
-
-    Attributes:
-        prompt_length: tokens of the prompt, which are prefill
-        num_seen: tokens that this generation's forwards were given so far, plus what its cache held before
-        num_ids: token ids that the last call of prepare_inputs_for_generation was given
-        drafting: True for the generate by which an assisted generation has this same model draft its tokens
-        adapters: one adapter per prompt, or None where the active ones act on all
-    """
-
-    prompt_length: int
-    num_seen: int
-    drafting: bool
-    adapters: RowAdapters | None
-    num_ids: int = 0
-
-
-@dataclass(frozen=True)
-class WholePrefill:
-    """The prefill_mask of one forward whose tokens are all prefill. A bool would fit a later forward just as well.
-
-    Attributes:
-        first: position of the forward's first token
-        num_tokens: tokens of a row
-    """
-
-    first: int
-    num_tokens: int
-
-    def check(self, first: int | None, num_tokens: int) -> None:
-        """Raises a RuntimeError for another forward, where its first position is known."""
-        if num_tokens == self.num_tokens and first in (None, self.first):
-            return
-        raise RuntimeError(
-            f"prefill_mask is from the prepare_inputs_for_generation of a forward of {self.num_tokens} tokens from "
-            f"position {self.first} on, all of the prompt, and this one has {num_tokens} tokens"
-            + ("" if first is None else f" from position {first} on")
-            + ": in a loop of your own call prepare_inputs_for_generation before every forward, or set prefill_mask"
-        )
+The replacements of a continuous batching manager's methods are in `continuous.Requests`.
+"""
 
 
 class _ThreadState(PerThread):
@@ -67,12 +36,12 @@ class _ThreadState(PerThread):
 
 
 class PromptBoundary:
-    """Stands in for one model's `generate` and `prepare_inputs_for_generation`.
+    """Replaces the methods of one model that PATCHES lists, and keeps the state of each running generation.
 
     `generate` records the length of the prompt. `prepare_inputs_for_generation`, which every decoding method calls
     before every forward, then adds `prefill_mask` by the positions of the forward's tokens. A generate inside a
-    generate, as a streamer or a stopping criterion may call it, has a prompt and adapters of its own. Only where the
-    model drafts for itself (early exit), the prompt is the outer one's.
+    generate, as a streamer or a stopping criterion may call it, has its own prompt and adapters. Only where the model
+    drafts for itself (early exit), the prompt is that of the outer generate.
     """
 
     def __init__(self, model: nn.Module, routing: Routing, phase: ForwardPhase):
@@ -81,24 +50,16 @@ class PromptBoundary:
         self._phase = phase
         self._thread = _ThreadState()
         self._own_methods: dict[str, Any] = {}
-        if hasattr(model, "generate"):
-            self._replace("generate", Replacement(self, "generate"))
-            self._replace("prepare_inputs_for_generation", Replacement(self, "prepare_inputs_for_generation"))
-        if hasattr(model, "heal_tokens"):
-            self._replace("heal_tokens", Replacement(self, "heal_tokens"))
-        if hasattr(model, "generate_batch"):
-            batching = ContinuousBatching(model, routing, self.original)
-            for name in CONTINUOUS_BATCHING:
-                self._replace(name, getattr(batching, name))
-
-    def _replace(self, name: str, replacement: Callable[..., Any]) -> None:
-        if name in self.model.__dict__:
-            self._own_methods[name] = self.model.__dict__[name]
-        self.model.__dict__[name] = replacement
+        batching = ContinuousBatching(model, routing, self.original)
+        for name in PATCHES:
+            if hasattr(model, name):
+                if name in model.__dict__:
+                    self._own_methods[name] = model.__dict__[name]
+                model.__dict__[name] = getattr(batching, name) if hasattr(batching, name) else Replacement(self, name)
 
     def remove(self) -> None:
         """Gives the model its own methods back."""
-        for name in ("generate", "prepare_inputs_for_generation", "heal_tokens", *CONTINUOUS_BATCHING):
+        for name in PATCHES:
             self.model.__dict__.pop(name, None)
         self.model.__dict__.update(self._own_methods)
 
@@ -108,16 +69,16 @@ class PromptBoundary:
 
     @property
     def active(self) -> bool:
-        """True while this thread is inside the model's generate."""
-        return self._thread.generation is not None
+        """True while this thread is inside the model's generate; False while torch.compile traces."""
+        return not torch.compiler.is_compiling() and self._thread.generation is not None
 
     @property
     def drafting(self) -> bool:
-        """True while the model drafts for a generate of its own in this thread: early exit runs some layers only."""
+        """True while the model drafts for its own generate in this thread: early exit runs some layers only."""
         return self._thread.generation is not None and self._thread.generation.drafting
 
     def unpin(self) -> None:
-        """Lets go of the adapters of this thread's generation, whose next forward of prompt tokens pins them again.
+        """Unpins the adapters of this thread's generation; its next forward of prompt tokens pins them again.
 
         Another call of the model inside that generation may need their slots.
         """
@@ -126,10 +87,10 @@ class PromptBoundary:
             generation.adapters.release()
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if declared_phase() is not None:
+        if declared() is not None:
             raise ValueError(
-                "generate was called inside preft_phase: generate itself tells prompt tokens from generated ones; "
-                "call it outside, and keep preft_phase for forwards of your own"
+                "generate was called inside preft_phase or preft_scoring: generate itself tells prompt tokens from "
+                "generated ones; call it outside"
             )
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(
@@ -137,28 +98,47 @@ class PromptBoundary:
                 "generate_batch, which takes adapter_names"
             )
         outer = self._thread.generation
-        cached = cached_length(cache_of(kwargs)) or 0
-        if outer is not None and _is_draft(args, kwargs):
-            generation = Generation(outer.prompt_length, cached, True, outer.adapters)
-        else:
-            self.unpin()
-            adapters = self._row_adapters(inputs, kwargs)
-            generation = Generation(self._prompt_length(inputs, kwargs, cached), cached, False, adapters)
+        generation = self._begin(outer, inputs, args, kwargs)
         kwargs.pop("adapter_names", None)
         self._thread.generation = generation
         try:
-            # the names are with the generation now; compiled decode steps must not look for declared ones
+            # The generation has the names now. Compiled decode steps must not look for declared ones.
             with self.routing.declare(None):
-                return self.original("generate")(inputs, *args, **kwargs)
+                output = self.original("generate")(inputs, *args, **kwargs)
         finally:
-            # after a KeyboardInterrupt no hook has ended the forward's phase
+            # After a KeyboardInterrupt no hook has ended the forward's phase.
             self._phase.end()
             self._thread.generation = outer
             if generation.adapters is not None and not generation.drafting:
                 generation.adapters.release()
+        cache = cache_of_output(output)
+        cache = cache_of(kwargs) if cache is None else cache
+        if cache is not None and not generation.drafting:
+            record_generated(cache, output, generation.first_id, generation.prompt_length, generation.num_seen)
+        return output
+
+    def _begin(
+        self, outer: Generation | None, inputs: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Generation:
+        """Returns the state of a generation that starts now."""
+        cache = cache_of(kwargs)
+        if outer is not None and _is_draft(args, kwargs):
+            seen = outer.first_id + (cached_length(cache) or 0)
+            return Generation(outer.prompt_length, seen, outer.first_id, outer.starts, True, outer.adapters)
+        self.unpin()
+        adapters = self._row_adapters(inputs, kwargs)
+        if cache is not None and not self._adapts(adapters):
+            check_owners(cache, None)
+        return generation_of(cache, kwargs.get("input_ids") if inputs is None else inputs, kwargs, adapters)
+
+    def _adapts(self, adapters: RowAdapters | None) -> bool:
+        """True if prompt tokens get an adapter."""
+        if adapters is None:
+            return bool(self.routing.live())
+        return not self.routing.disabled and set(adapters.names) != {BASE_NAME}
 
     def heal_tokens(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Token healing makes a prompt of another length, and calls generate for the last token of each row."""
+        """Follows token healing, which changes the prompt's length and calls generate for each row's last token."""
         generation = self._thread.generation
         if generation is None:
             return self.original("heal_tokens")(input_ids, *args, **kwargs)
@@ -183,21 +163,14 @@ class PromptBoundary:
         batch_size, num_tokens = tokens.shape[:2]
         ids = args[0] if args else kwargs.get("input_ids")
         num_ids = 0 if ids is None else ids.shape[1]
-        # a loop of one's own may have emptied the cache, or put another prompt in
-        goes_on = num_ids == generation.num_ids + num_tokens and not kwargs.get("is_first_iteration")
-        generation.num_ids = num_ids
-        first = _first_position(model_inputs, num_tokens, generation, goes_on)
-        begin, end = prefill_span(first, num_tokens, generation.prompt_length)
-        if end == begin:
-            model_inputs["prefill_mask"] = False
-        elif end - begin == num_tokens:
-            model_inputs["prefill_mask"] = WholePrefill(first, num_tokens)
-        else:
-            row = torch.arange(num_tokens, device=tokens.device)
-            model_inputs["prefill_mask"] = ((row >= begin) & (row < end)).expand(batch_size, num_tokens)
+        first = first_position(model_inputs, num_ids, num_tokens, generation)
+        mask = generation.prefill(first, batch_size, num_tokens, tokens.device)
+        model_inputs["prefill_mask"] = (
+            WholePrefill(first, num_tokens, cached_length(cache_of(model_inputs))) if mask is True else mask
+        )
         generation.num_seen = first + num_tokens
         if generation.adapters is not None:
-            if end > begin:
+            if mask is not False:
                 model_inputs["adapter_names"] = generation.adapters
             else:
                 generation.adapters.release()
@@ -213,7 +186,7 @@ class PromptBoundary:
         names = self.routing.declared if names is None else names
         if names is None:
             return None
-        adapters = self.routing.of(names, self.model.training)
+        adapters = self.routing.of(names, self.model.training, expands=True)
         prompts = next(
             (p for p in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if p is not None), None
         )
@@ -223,23 +196,9 @@ class PromptBoundary:
             )
         return adapters
 
-    def _prompt_length(self, inputs: Tensor | None, kwargs: Mapping[str, Any], cached: int) -> int:
-        """Returns the prompt's length with what is cached, by transformers' own reading of the arguments.
-
-        `inputs_embeds` always holds the whole prompt. Token ids hold only the new tokens if the attention mask is
-        longer than they are, else the whole prompt. Neither means a prompt of one BOS token.
-        """
-        if kwargs.get("inputs_embeds") is not None:
-            return kwargs["inputs_embeds"].shape[1]
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        num_ids = 1 if ids is None else ids.shape[1]
-        mask = kwargs.get("attention_mask")
-        only_new = mask is not None and mask.shape[1] != num_ids
-        return cached + num_ids if only_new else num_ids
-
 
 class Replacement:
-    """An instance attribute that takes the place of a model's method and shows the method's signature."""
+    """An instance attribute that replaces a model's method and has the method's signature."""
 
     def __init__(self, boundary: PromptBoundary, name: str):
         self.boundary = boundary
@@ -255,32 +214,6 @@ class Replacement:
 
 
 def _is_draft(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """True for the generate that transformers calls to have candidates drafted, which it marks in the config."""
+    """Returns True for the generate by which transformers drafts candidates, which it marks in the config."""
     config = kwargs.get("generation_config", args[0] if args else None)
     return bool(getattr(config, "is_assistant", False))
-
-
-def _first_position(model_inputs: Mapping[str, Any], num_tokens: int, generation: Generation, goes_on: bool) -> int:
-    """Returns the position of a forward's first token.
-
-    Args:
-        goes_on: the ids have become more by just this forward's tokens
-    Raises:
-        RuntimeError: the forward has no cache, and not the prompt and more tokens than the forward before: its cache
-            must be one that is not known here.
-    """
-    cache = cache_of(model_inputs)
-    if cache is None:
-        if num_tokens < generation.prompt_length or num_tokens <= generation.num_seen:
-            raise RuntimeError(
-                f"generate called the model with {num_tokens} tokens, for a prompt of {generation.prompt_length}, and "
-                f"none of its arguments ({', '.join(model_inputs)}) is a cache that preft-hf knows, so nothing tells "
-                f"prompt tokens from generated ones: `preft doctor` says which transformers fits"
-            )
-        # without a cache every forward starts from the prompt's first token
-        return 0
-    if goes_on and generation.num_seen >= generation.prompt_length and getattr(cache, "is_compileable", False):
-        # a static cache counts on the device, and only decode forwards are left: do not wait for it
-        return generation.num_seen
-    length = cached_length(cache)
-    return generation.num_seen if length is None else length

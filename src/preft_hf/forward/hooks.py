@@ -1,4 +1,4 @@
-"""Decides the phase each time a model is called, and carries what PreFT puts on a model besides its layers."""
+"""The hooks that set the phase of each forward, and all else that PreFT attaches to a model besides its layers."""
 
 import inspect
 import warnings
@@ -6,32 +6,40 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from preft_core.pool.slots import SlotPool
-from preft_hf.forward.caches import cache_of, cached_length
-from preft_hf.forward.calls import Calls
-from preft_hf.forward.checkpointing import checkpointed_modules, keep_phase_in_checkpoints
-from preft_hf.forward.generation import PromptBoundary, WholePrefill
-from preft_hf.forward.labels import check_prompts, mask_from_labels
+from preft_hf.forward.cache_record import Owners, check_owners, record_owners
+from preft_hf.forward.caches import cache_of, cache_of_output
+from preft_hf.forward.decision import given_phase, inferred_phase
+from preft_hf.forward.generation import PromptBoundary
+from preft_hf.forward.labels import LabelsRule
 from preft_hf.forward.packed import PackedAdapters
 from preft_hf.forward.routing import Routing, RowAdapters
-from preft_hf.forward.trainer_step import trainer_of_step
+from preft_hf.layers.calls import Calls
+from preft_hf.layers.checkpointing import checkpointed_modules, keep_phase_in_checkpoints
 from preft_hf.layers.linear import PreftLayer
-from preft_hf.layers.phase import ForwardPhase, Phase, SharedPhase, declared_phase, phase_of_mask
+from preft_hf.layers.per_thread import PerThread, untraced
+from preft_hf.layers.phase import ForwardPhase, Phase, SharedPhase
 
 ATTRIBUTE = "_preft_attachment"
 
 
+class _ThreadState(PerThread):
+    def __init__(self) -> None:
+        self.owners: Owners | None = None
+
+
 class Attachment:
-    """What PreFT puts on one model: the phase its layers read, the hooks that set it, its generate.
+    """What PreFT attaches to one model: hooks, replaced methods, and the state that they and the layers share.
 
     Attributes:
         phase: the phase of the running forward, shared by all adapter layers of the model
         layers: the model's adapter layers
-        calls: the forwards under way, in every thread
-        routing: the adapters of each row, where a batch has several
-        awaiting: adapters made for saved weights that have not arrived; they must not run
+        calls: the running forwards of all threads
+        routing: the model's adapters by name, for batches whose rows have different ones
+        boundary: the replaced methods, such as generate
+        awaiting: adapters whose saved weights are not loaded yet; they must not run
     """
 
     def __init__(self, model: nn.Module):
@@ -42,6 +50,8 @@ class Attachment:
         self.calls = Calls(model, self.phase)
         self.routing = Routing(self.layers, self.calls)
         self.boundary = PromptBoundary(model, self.routing, self.phase)
+        self.labels = LabelsRule(model)
+        self._thread = _ThreadState()
         self._checked_reach = False
         self._layer_handles: list[tuple[PreftLayer, Any]] = []
         self._parameter_names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
@@ -52,9 +62,9 @@ class Attachment:
         ]
 
     def add_layer(self, layer: PreftLayer, handle: Any = None) -> None:
-        """Takes an adapter layer into account, and the handle of its hook along, to be removed with it.
+        """Registers an adapter layer, and the handle of its hook, which is removed with it.
 
-        While the model's adapters are disabled, those of a new layer are too.
+        If the model's adapters are disabled, so are those of the new layer.
         """
         if self.routing.disabled:
             layer.enable_adapters(False)
@@ -64,7 +74,7 @@ class Attachment:
             self._layer_handles.append((layer, handle))
 
     def drop_layer(self, layer: PreftLayer) -> None:
-        """Forgets an adapter layer that was taken out of the model."""
+        """Unregisters an adapter layer that was removed from the model."""
         self.layers[:] = [kept for kept in self.layers if kept is not layer]
         for owner, handle in self._layer_handles:
             if owner is layer:
@@ -72,7 +82,7 @@ class Attachment:
         self._layer_handles = [pair for pair in self._layer_handles if pair[0] is not layer]
 
     def remove(self) -> None:
-        """Takes the hooks and the wrapped methods off the model."""
+        """Removes the hooks and gives the model its own methods back."""
         for handle in (*self._handles, *(handle for _, handle in self._layer_handles)):
             handle.remove()
         self.boundary.remove()
@@ -81,25 +91,77 @@ class Attachment:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced:
             self.calls.begin()
+            keep_phase_in_checkpoints(self._checkpointed, self.phase)
         mask = kwargs.pop("prefill_mask", None)
         adapters = self._row_adapters(module, kwargs.pop("adapter_names", None))
-        values = {**dict(zip(self._parameter_names[: len(args)], args, strict=False)), **kwargs}
         if self.awaiting:
             self._check_arrived(adapters)
-        if not torch.compiler.is_compiling():
-            keep_phase_in_checkpoints(self._checkpointed, self.phase)
-        phase = self._decide(module, values, mask, adapters)
+        values = {**dict(zip(self._parameter_names[: len(args)], args, strict=False)), **kwargs}
+        phase = self._phase_of(module, values, mask, adapters)
+        if not is_traced:
+            self._watch(module, values, phase, adapters)
         self.phase.begin(phase)
-        if not self._checked_reach and phase is not False and not torch.compiler.is_compiling():
-            self.phase.reached = None if self.boundary.drafting else set()
-        return (args, kwargs) if torch.compiler.is_compiling() else self.calls.arguments(args, kwargs)
+        return (args, kwargs) if is_traced else self.calls.arguments(args, kwargs)
 
-    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _phase_of(
+        self, module: nn.Module, values: Mapping[str, Any], mask: Any, adapters: RowAdapters | PackedAdapters | None
+    ) -> Phase:
+        """Returns the phase of a forward; if adapters were named, that of each row's adapter."""
+        if adapters is not None and self.routing.disabled:
+            return False
+        tokens = values.get("input_ids")
+        tokens = values.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("neither input_ids nor inputs_embeds was given: a PreFT model needs one of them")
+        shape = tuple(tokens.shape[:2])
+        if mask is not None:
+            prefill = given_phase(mask, values, shape)
+        elif adapters is None and not any(layer.is_live() for layer in self.layers):
+            return False
+        else:
+            prefill = inferred_phase(values, shape, module.training, self.boundary.active, self.labels)
+        return prefill if adapters is None else _routed(adapters, prefill, shape, tokens.device)
+
+    def _watch(
+        self,
+        module: nn.Module,
+        values: Mapping[str, Any],
+        phase: Phase,
+        adapters: RowAdapters | PackedAdapters | None,
+    ) -> None:
+        """Checks the owner of the cache, and sets what `_after_forward` needs, if the forward has prompt tokens."""
+        self.phase.reached = self._thread.owners = None
+        if phase is False:
+            return
+        if not self._checked_reach and not self.boundary.drafting:
+            self.phase.reached = set()
+        if module.training or isinstance(adapters, PackedAdapters) or values.get("use_cache") is False:
+            return
+        tokens = values.get("input_ids")
+        tokens = values["inputs_embeds"] if tokens is None else tokens
+        owners = self.routing.owners(adapters, tokens.shape[0])
+        if set(owners) != {None}:
+            check_owners(cache_of(values), owners)
+            self._thread.owners = owners
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.phase.end()
         if self.calls.is_holding:
-            self.calls.let_go()  # pyright: ignore[reportAttributeAccessIssue]
+            self.calls.unpin()
+        if not torch.compiler.is_compiling():
+            self._finish(kwargs, output)
+
+    def _finish(self, kwargs: dict[str, Any], output: Any) -> None:
+        """Records whose prompt the cache holds now, and which adapter layers ran."""
+        owners, self._thread.owners = self._thread.owners, None
+        if owners is not None and output is not None:
+            cache = cache_of_output(output)
+            cache = cache_of(kwargs) if cache is None else cache
+            if cache is not None:
+                record_owners(cache, owners)
         if self.phase.reached is not None:
             self._check_reach(self.phase.reached, completed=output is not None)
 
@@ -114,7 +176,7 @@ class Attachment:
             names = {id(module): name for name, module in self.model.named_modules()}
             warnings.warn(
                 f"the forward did not run the adapters of {len(skipped)} layers, such as "
-                f"{names.get(id(skipped[0]))}: the model takes another way past them, so they have no effect; leave "
+                f"{names.get(id(skipped[0]))}: the model bypasses them, so they have no effect; leave "
                 "these layers out with exclude_modules or layers_to_transform",
                 stacklevel=2,
             )
@@ -128,88 +190,22 @@ class Attachment:
                 "loaded: load them with load_adapter, or train from a new PreftConfig"
             )
 
-    def _has_live_adapter(self) -> bool:
-        return any(layer.is_live() for layer in self.layers)
-
     def _row_adapters(self, module: nn.Module, given: Any) -> RowAdapters | PackedAdapters | None:
-        """Returns the adapters of the rows: those that generate passes on, or that this forward was given itself."""
+        """Returns the adapters of the rows, passed on by generate or given to this forward."""
         if isinstance(given, RowAdapters):
             return given
         given = self.routing.declared if given is None else given
         if given is None:
             return None
-        return self._take(given, module.training)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._take(given, module.training)
 
-    @torch.compiler.disable
+    @untraced
     def _take(self, given: Any, training: bool) -> RowAdapters | PackedAdapters:
-        """Returns the adapters of this forward alone, which are let go at its end."""
+        """Returns the adapters of this forward, which are unpinned at its end."""
         self.boundary.unpin()
         adapters = given if isinstance(given, PackedAdapters) else self.routing.of(given, training)
-        self.calls.hold(adapters)  # pyright: ignore[reportAttributeAccessIssue]
+        self.calls.hold(adapters)
         return adapters
-
-    def _decide(
-        self,
-        module: nn.Module,
-        values: Mapping[str, Any],
-        mask: Tensor | bool | WholePrefill | None,
-        adapters: RowAdapters | PackedAdapters | None,
-    ) -> Phase:
-        """Returns the phase, of each row's own adapter if they were named."""
-        if adapters is not None and self.routing.disabled:
-            return False
-        tokens = values.get("input_ids")
-        tokens = values.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None:
-            raise ValueError("neither input_ids nor inputs_embeds was given: a PreFT model needs one of them")
-        phase = self._prefill(module, values, mask, adapters is not None, tuple(tokens.shape[:2]))
-        if adapters is None:
-            return phase
-        return _routed(adapters, phase, tuple(tokens.shape[:2]), tokens.device)  # pyright: ignore[reportCallIssue]
-
-    def _prefill(
-        self,
-        module: nn.Module,
-        values: Mapping[str, Any],
-        mask: Tensor | bool | WholePrefill | None,
-        named: bool,
-        shape: tuple[int, ...],
-    ) -> SharedPhase:
-        """Explicit mask, else labels, else preft_phase, else (in eval mode) an empty cache."""
-        if isinstance(mask, WholePrefill):
-            if not torch.compiler.is_compiling():
-                mask.check(cached_length(cache_of(values)), shape[1])
-            return True
-        if mask is not None:
-            return _explicit_phase(mask, shape)
-        if not named and not self._has_live_adapter():
-            return False
-        if not torch.compiler.is_compiling() and self.boundary.active:
-            raise RuntimeError(
-                "generate called the model without prepare_inputs_for_generation, so nothing tells which tokens are "
-                "prompt tokens: this decoding method is not supported with a PreFT adapter; leave guidance_scale out, "
-                "and pass prefill_mask in a loop or logits processor of your own"
-            )
-        if values.get("labels") is not None:
-            return _phase_of_labels(values, shape)
-        declared = declared_phase()
-        if declared is not None:
-            return declared
-        if module.training:
-            raise ValueError(
-                "a PreFT model in train mode was given neither labels nor prefill_mask, so it cannot tell prompt from "
-                "response tokens: pass labels with -100 on the prompt, or, where the trainer withholds labels from "
-                "the model (label smoothing, compute_loss_func), pass prefill_mask with PrefillMaskCollator"
-            )
-        trainer = trainer_of_step()
-        if trainer is not None:
-            raise ValueError(
-                f"{trainer} gave the model neither labels nor prefill_mask in evaluation, where rows of prompt and "
-                "response would all count as prompt: pass prefill_mask with PrefillMaskCollator, leave out what "
-                "withholds the labels (compute_metrics in TRL's trainers, label smoothing, compute_loss_func), or, "
-                'if the rows are prompts alone, evaluate inside preft_phase("prefill")'
-            )
-        return _phase_of_cache(values, shape)
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -227,54 +223,8 @@ def pool_of(model: nn.Module) -> SlotPool | None:
     return None if attachment is None else attachment.routing.pool
 
 
-@torch.compiler.disable
+@untraced
 def _routed(
     adapters: RowAdapters | PackedAdapters, prefill: SharedPhase, shape: tuple[int, int], device: torch.device
 ) -> Phase:
     return adapters.phase(prefill, shape, device)
-
-
-def _explicit_phase(mask: Tensor | bool, shape: tuple[int, ...]) -> SharedPhase:
-    if isinstance(mask, bool):
-        return mask
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"prefill_mask is {found}: give torch.bool of shape {shape} (batch, length), True on the tokens to adapt, "
-            "or True or False for all of them"
-        )
-    return phase_of_mask(mask)
-
-
-def _phase_of_labels(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
-    labels, attention_mask = values["labels"], values.get("attention_mask")
-    if tuple(labels.shape) != shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} and the tokens {shape}: the prompt is read from labels of the "
-            "tokens' shape with -100 on the prompt; pass prefill_mask for labels of another kind"
-        )
-    if not isinstance(attention_mask, Tensor):
-        attention_mask = None
-    mask = mask_from_labels(labels, attention_mask)
-    if not torch.compiler.is_compiling() and declared_phase() is not None:
-        raise ValueError(
-            "labels were given inside preft_phase: labels already tell prompt from response tokens; leave one out"
-        )
-    ids = values.get("input_ids")
-    return phase_of_mask(
-        check_prompts(mask, labels, values.get("attention_mask"), values.get("position_ids"), input_ids=ids)
-    )
-
-
-def _phase_of_cache(values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
-    length = cached_length(cache_of(values))
-    if length == 0:
-        return True
-    if length is not None and shape[1] == 1:
-        return False
-    raise ValueError(
-        f"a forward of {shape[1]} tokens on a cache "
-        + ("without a length" if length is None else f"of {length} tokens")
-        + ' may be the next chunk of a prompt or generated tokens: say which with preft_phase("prefill") or '
-        'preft_phase("decode"), or pass prefill_mask'
-    )

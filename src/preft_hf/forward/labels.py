@@ -1,12 +1,104 @@
-"""The prefill mask of a training batch, read from its labels, and the check that each label has a prompt."""
+"""The labels rule: which tokens of a training batch are prompt, and the checks that its labels can be learned from."""
 
+import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-IGNORED_LABEL = -100
+from preft_hf.forward.label_checks import GAP, IGNORED_LABEL, check_loss, check_prompts, gaps_in_responses, shaped
+from preft_hf.layers.phase import SharedPhase, declared, phase_of_mask
+
+MASK_COLUMN = "prefill_mask"
+STEPS = frozenset({"compute_loss", "prediction_step", "training_step"})
+
+
+class GapWarning:
+    """Warns once of unlabelled tokens inside a response, of which labels do not tell what they are.
+
+    Args:
+        ends: the known end-of-turn tokens
+    """
+
+    def __init__(self, ends: Sequence[int] = ()):
+        self.ends = list(ends)
+        self._is_given = False
+
+    def check(self, mask: Tensor, labels: Tensor, position_ids: Any, input_ids: Any) -> None:
+        """Warns if `gaps_in_responses` finds some. Arguments as of `check_prompts`."""
+        if self._is_given:
+            return
+        counts = gaps_in_responses(mask, labels, shaped(position_ids, mask), shaped(input_ids, mask), self.ends)
+        if counts is not None:
+            self._is_given = True
+            rows, runs, tokens = counts
+            warnings.warn(f"{runs} runs ({tokens} tokens) in {rows} rows of a batch {GAP}", stacklevel=2)
+
+
+class LabelsRule:
+    """Reads the phase of one model's training batches from their labels.
+
+    A token is prompt if its label is -100 and it is attended to. Unlabelled tokens between two labelled runs are
+    either the next turn's prompt, or part of a response that is left out of the loss. They count as prompt, with one
+    warning if no turn ends before them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._gaps = GapWarning(end_tokens(model))
+        self._known_datasets: set[int] = set()
+
+    def phase(self, values: Mapping[str, Any], shape: tuple[int, ...]) -> SharedPhase:
+        """Returns the phase of a forward that was given labels and no prefill_mask.
+
+        Args:
+            values: the arguments of the forward, by name
+            shape: (batch, length) of the tokens
+        Raises:
+            ValueError: labels of another shape, labels inside preft_phase, or labels that cannot be learned from.
+        """
+        labels, attention_mask = values["labels"], values.get("attention_mask")
+        if tuple(labels.shape) != shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and the tokens {shape}: the prompt is read from labels of "
+                f"the tokens' shape with {IGNORED_LABEL} on the prompt; pass prefill_mask for labels of another kind"
+            )
+        if not torch.compiler.is_compiling():
+            if declared() is not None:
+                raise ValueError(
+                    "labels were given inside preft_phase or preft_scoring: labels already tell prompt from response "
+                    "tokens; leave one out"
+                )
+            self._check_column()
+        mask = mask_from_labels(labels, attention_mask if isinstance(attention_mask, Tensor) else None)
+        positions, ids = values.get("position_ids"), values.get("input_ids")
+        mask = check_prompts(check_loss(mask, values), labels, attention_mask, positions, ids, self._gaps.ends)
+        if not torch.compiler.is_compiling():
+            self._gaps.check(mask, labels, positions, ids)
+        return phase_of_mask(mask)
+
+    def _check_column(self) -> None:
+        """Raises a ValueError if a Trainer dropped the mask that its dataset has. Looks once at each dataset."""
+        step = _step()
+        if step is None:
+            return
+        trainer, is_evaluation = step
+        dataset = trainer.eval_dataset if is_evaluation else trainer.train_dataset
+        if id(dataset) in self._known_datasets:
+            return
+        if has_mask_column(dataset):
+            raise ValueError(dropped_column(trainer))
+        self._known_datasets.add(id(dataset))
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Returns the end-of-text and end-of-turn tokens of a model's config and generation_config."""
+    found: set[int] = set()
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        ends = getattr(config, "eos_token_id", None)
+        found |= {token for token in (ends if isinstance(ends, (list, tuple)) else [ends]) if token is not None}
+    return sorted(found)
 
 
 def mask_from_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -24,93 +116,49 @@ def mask_from_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask
 
 
-def check_prompts(
-    mask: Tensor, labels: Tensor, attention_mask: Any, position_ids: Any, input_ids: Any = None
-) -> Tensor:
-    """Returns the mask, once every token in the loss is known to have a prompt token before it in its sequence.
+@torch.compiler.assume_constant_result
+def trainer_of_step() -> str | None:
+    """Returns the class of the transformers Trainer whose step runs in this thread; None outside of one.
 
-    From a token that has none the adapter could never learn. A sequence is a row, or a part of it where the positions
-    start anew. Padding-free rows have position ids instead of an attention mask, and trainers take the label off the
-    first token of each sequence in them, so there a prompt token at position 0 does not count.
-
-    Also under torch.compile, where it is one operation in the graph, which a compiled `fullgraph=True` step allows.
-
-    Args:
-        mask: bool, (batch, length), True on prompt tokens
-        labels: int64, (batch, length)
-        attention_mask: of the forward; None in padding-free rows
-        position_ids: of the forward; of another shape than labels they are left out of account
-        input_ids: of the forward, for the warning; None, or of another shape, leaves it out
-    Returns:
-        bool, (batch, length); the mask itself, under torch.compile a copy
-    Raises:
-        ValueError: naming the rows.
-    Warns:
-        if all prompt tokens are one and the same token that also follows labelled ones, as in plain text whose
-        collator took the label off each end of text along with the padding.
+    torch.compile keeps what it finds when it traces.
     """
-    positions = position_ids if isinstance(position_ids, Tensor) and position_ids.shape == mask.shape else None
-    tokens = input_ids if isinstance(input_ids, Tensor) and input_ids.shape == mask.shape else None
-    padding_free = attention_mask is None and positions is not None
-    if torch.compiler.is_compiling():
-        return _checked_in_graph(mask, labels, positions, tokens, padding_free)
-    _check_prompts(mask, labels, positions, tokens, padding_free)
-    return mask
+    step = _step()
+    return None if step is None else type(step[0]).__name__
 
 
-def _check_prompts(
-    mask: Tensor, labels: Tensor, positions: Tensor | None, tokens: Tensor | None, padding_free: bool
-) -> None:
-    # a row's first label is in no loss: nothing stands before it that could predict it
-    scored = labels != IGNORED_LABEL
-    scored[:, :1] = False
-    prompts, starts = mask, torch.zeros_like(mask)
-    if positions is not None:
-        # a position repeated above 0 is a gap in the attention mask
-        starts[:, 1:] = (positions[:, 1:] < positions[:, :-1]) | (positions[:, 1:] == 0)
-        prompts = mask & (positions != 0) if padding_free else mask
-    without = (scored & (_count_before(prompts, starts) == 0)).any(1)
-    alike = without.new_zeros(1)
-    if tokens is not None and tokens.numel():
-        highest, lowest = tokens.where(prompts, tokens.amin()).amax(), tokens.where(prompts, tokens.amax()).amin()
-        alike = ((highest == lowest) & (prompts & (_count_before(scored, starts) > 0)).any())[None]
-    # one wait for the device
-    *rows, is_alike = torch.cat([without, alike]).tolist()
-    if any(rows):
-        raise ValueError(
-            f"rows {[i for i, fault in enumerate(rows) if fault]} of the batch have labels with no prompt token "
-            f"(label {IGNORED_LABEL} and attended) before them in their sequence, and a prefill-only adapter acts on "
-            "prompt tokens alone, so it would not learn from them: train on prompt and response pairs with label "
-            f"{IGNORED_LABEL} on the prompt, packed whole if at all (packing_strategy='bfd'), or pass prefill_mask"
-        )
-    if is_alike and tokens is not None:
-        warnings.warn(
-            f"all prompt tokens of a batch are the token {int(tokens[prompts][0])}, and it follows labelled tokens "
-            "too: if that is plain text, its collator took the label off the end-of-text token because pad_token is "
-            "eos_token, and the adapter learns on that token alone; train on prompt and response pairs",
-            stacklevel=2,
-        )
+def _step() -> tuple[Any, bool] | None:
+    """Returns the Trainer whose step runs in this thread and whether it is a step of evaluation; None outside of one.
+
+    A Trainer has no argument, attribute or event that says so to a model, hence the look at the callers. Callbacks and
+    metrics run outside of the steps.
+    """
+    trainers = sys.modules.get("transformers.trainer")
+    frame, found = sys._getframe(1), None
+    while trainers is not None and frame is not None:
+        if frame.f_code.co_name in STEPS:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, trainers.Trainer):
+                # compute_loss runs in both kinds of step
+                found = owner, frame.f_code.co_name == "prediction_step"
+        frame = frame.f_back
+    return found
 
 
-def _count_before(counted: Tensor, starts: Tensor) -> Tensor:
-    """Returns how many tokens up to and with each one are counted, from the start of its sequence in the row."""
-    total = counted.cumsum(1)
-    return total - (total - counted.long()).where(starts, 0).cummax(1).values
+def has_mask_column(dataset: Any) -> bool:
+    """Returns whether a dataset, or one of a dict of datasets, has a column prefill_mask."""
+    if isinstance(dataset, Mapping):
+        return any(has_mask_column(part) for part in dataset.values())
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        columns = dataset[0]
+    return isinstance(columns, (Mapping, Sequence)) and MASK_COLUMN in columns
 
 
-# it waits for the device, which a CUDA graph could not hold; torch 2.7 knows no such tag, nor tags here
-_UNSAFE: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-
-
-@torch.library.custom_op("preft_hf::checked_mask", mutates_args=(), **_UNSAFE)
-def _checked_in_graph(
-    mask: Tensor, labels: Tensor, positions: Tensor | None, tokens: Tensor | None, padding_free: bool
-) -> Tensor:
-    """Returns a copy of the mask, so that no compiler drops the check as dead code."""
-    _check_prompts(mask, labels, positions, tokens, padding_free)
-    return mask.clone()
-
-
-@_checked_in_graph.register_fake
-def _(mask: Tensor, labels: Tensor, positions: Tensor | None, tokens: Tensor | None, padding_free: bool) -> Tensor:
-    return torch.empty_like(mask)
+def dropped_column(trainer: Any) -> str:
+    """Returns what is said of a prefill_mask column that does not reach the model."""
+    kind, collator = type(trainer).__name__, type(trainer.data_collator).__name__
+    return (
+        f"the dataset has a column {MASK_COLUMN} that {kind} and its {collator} do not pass to the model: set "
+        "remove_unused_columns=False and data_collator=PrefillMaskCollator(collator), around a collator for the other "
+        "columns; or remove the column, to train by the labels"
+    )

@@ -1,4 +1,4 @@
-"""What continuous batching packs into one forward: spans of many requests' prompts, and blocks to be shared."""
+"""Continuous batching: the adapters of one packed forward, and the hash of blocks that requests share."""
 
 from array import array
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from preft_hf.layers.phase import Phase, SharedPhase
 
 
 class PackedAdapters:
-    """The prefill tokens of one packed forward and the adapters they have, pinned until the forward has ended.
+    """The prefill tokens of one packed forward and their adapters, pinned until the forward ends.
 
     Args:
         spans: consecutive prefill tokens of one request, with the name of their adapter
-        keys: name -> what `adapter_key` said when the request's first tokens were computed
+        keys: name -> its `adapter_key` when the request's first tokens were computed
     """
 
     def __init__(self, spans: Sequence[RoutedSpan], keys: dict[str, bytes], routing: Routing):
@@ -48,11 +48,11 @@ class PackedAdapters:
 
 
 class SaltedTokens(list[int]):
-    """Tokens whose blocks hash together with the adapter that made their keys and values.
+    """Tokens whose blocks are hashed together with the adapter that made their keys and values.
 
     transformers shares a block between requests by the hash of its tokens and of those before it. The blocks of an
-    adapter's prompt, and those that the base model wrote after it, get words of their own behind the tokens: the
-    adapter's key, and how many tokens of the block are prompt.
+    adapter's prompt, and those that the base model wrote after it, get extra words after the tokens: the adapter's
+    key, and how many tokens of the block are prompt.
     """
 
     def __init__(self, tokens: Sequence[int], key: bytes, prompt_length: int):
@@ -63,15 +63,15 @@ class SaltedTokens(list[int]):
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
         if not isinstance(index, slice) or not self._words or len(found) < index.stop - index.start:
-            # an incomplete block is not hashed
+            # An incomplete block is not hashed.
             return found
         num_prompt = min(max(self._prompt_length - index.start, 0), len(found))
         return [*found, *self._words, num_prompt]
 
 
 def changed(name: str) -> str:
-    """Returns the message for an adapter that is not what it was when its request began."""
+    """Returns the message for an adapter that has changed since its request began."""
     return (
-        f"adapter {name!r} was changed while the prompt of a request was computed with it: the prompt would be made "
-        "by two adapters; send the request again"
+        f"adapter {name!r} was changed while the prompt of a request was computed with it: two adapters would read "
+        "the prompt; send the request again"
     )

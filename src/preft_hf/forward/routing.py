@@ -1,4 +1,4 @@
-"""One adapter per row: names given with a batch, followed through its generation to the rows of each forward."""
+"""One adapter per row: from the names given with a batch to the rows of each of its forwards."""
 
 import hashlib
 import threading
@@ -13,9 +13,9 @@ from torch import Tensor
 from preft_core.pool.layout import Bucket
 from preft_core.pool.slots import BASE_NAME, Lease, Slot, SlotPool, unknown_names
 from preft_core.rule.tokens import BASE, Segments, Span
-from preft_hf.forward.calls import Calls
-from preft_hf.forward.per_thread import PerThread
+from preft_hf.layers.calls import Calls
 from preft_hf.layers.linear import PreftLayer
+from preft_hf.layers.per_thread import PerThread, untraced
 from preft_hf.layers.phase import Phase, RoutedRows, SharedPhase
 
 
@@ -36,7 +36,7 @@ class RoutedSpan:
 def routed_rows(
     spans: Sequence[RoutedSpan], pinned: Mapping[str, Slot], shape: tuple[int, int], device: torch.device
 ) -> RoutedRows:
-    """Returns the phase of a packed forward of (1, length) tokens. Those not pinned are the layers' own."""
+    """Returns the phase of a packed forward of (1, length) tokens. Adapters that are not pinned are in the layers."""
 
     def segments(numbers: Mapping[str, int], device: torch.device | str) -> Segments:
         found = [Span(numbers.get(span.name, BASE), span.begin, span.end) for span in spans]
@@ -57,11 +57,16 @@ class RowAdapters:
 
     Adapters of a pool are pinned from the first forward that needs them until `release`, which a generation calls when
     its prompts are in the cache. Pinning them again after that gets the same adapters or an error.
+
+    Args:
+        expands: True where a batch may have several rows per name: generate repeats prompts for beams and for
+            returned sequences
     """
 
-    def __init__(self, names: Sequence[str], pool: SlotPool | None, held: set[str], calls: Calls):
+    def __init__(self, names: Sequence[str], routing: "Routing", expands: bool):
         self.names = list(names)
-        self._pool, self._calls = pool, calls
+        self._routing, self._pool, self._expands = routing, routing.pool, expands
+        held = routing.held()
         self._pooled = {name for name in names if name not in held and name != BASE_NAME}
         self._lease: Lease | None = None
         self._fingerprints: dict[str, str] | None = None
@@ -70,14 +75,10 @@ class RowAdapters:
         """Returns the phase of a forward of (batch, length) tokens, given which of them are prefill.
 
         Raises:
-            ValueError: batch is no multiple of the number of names. Beams and returned sequences repeat each prompt's.
+            ValueError: not one name per row, or, where generate repeats prompts, batch is no multiple of the names.
         """
         batch, length = shape
-        if batch % len(self.names):
-            raise ValueError(
-                f"adapter_names has {len(self.names)} names for a batch of {batch} rows: give one name per prompt"
-            )
-        names = [name for name in self.names for _ in range(batch // len(self.names))]
+        names = self._names_of_rows(batch)
         if prefill is False or all(name == BASE_NAME for name in names):
             return False
         self._pin()
@@ -93,8 +94,25 @@ class RowAdapters:
             pooled[bucket] = _segments(slots, mask, length, device)
         return RoutedRows((batch, length), rows, pooled)
 
+    def owners(self, batch: int) -> tuple[bytes | None, ...]:
+        """Returns the key of each row's adapter, None for the base model. Pins them, as `phase` does."""
+        self._pin()
+        pinned = self._lease.slots if self._lease is not None else {}
+        keys: dict[str, bytes | None] = {name: pool_key(slot) for name, slot in pinned.items()}
+        for name in set(self.names) - set(keys):
+            keys[name] = None if name == BASE_NAME else self._routing.adapter_key(name)
+        return tuple(keys[name] for name in self._names_of_rows(batch))
+
+    def _names_of_rows(self, batch: int) -> list[str]:
+        copies, rest = divmod(batch, len(self.names))
+        if rest or (copies != 1 and not self._expands):
+            raise ValueError(
+                f"adapter_names has {len(self.names)} names for a batch of {batch} rows: give one name per row"
+            )
+        return [name for name in self.names for _ in range(copies)]
+
     def release(self) -> None:
-        """Unpins: the forwards that follow do not need these adapters. Does nothing if none is pinned."""
+        """Unpins the adapters; a no-op if none is pinned."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.release()
@@ -103,22 +121,22 @@ class RowAdapters:
         if self._lease is not None or not self._pooled:
             return
         assert self._pool is not None
-        lease = self._pool.acquire(self._pooled, idle=self._calls.sweep)
+        lease = self._pool.acquire(self._pooled, idle=self._routing.calls.sweep)
         found = {name: slot.fingerprint for name, slot in lease.slots.items()}
         if self._fingerprints not in (None, found):
             lease.release()
             raise RuntimeError(
-                f"one of the adapters {', '.join(sorted(found))} was replaced while a generation used it: its prompt "
-                "would be made by two adapters; generate again"
+                f"one of the adapters {', '.join(sorted(found))} was replaced while a generation used it: two "
+                "adapters would read its prompt; generate again"
             )
         self._lease, self._fingerprints = lease, found
 
 
 class Routing:
-    """Knows a model's adapters by name, those that its layers hold and those of its pool.
+    """Looks up a model's adapters by name: those in its layers and those of its pool.
 
     Attributes:
-        calls: the model's forwards under way, which have adapters pinned
+        calls: the model's running forwards, which pin adapters
         pool: set and removed by PreftPool
     """
 
@@ -132,32 +150,32 @@ class Routing:
 
     @property
     def disabled(self) -> bool:
-        """True while the model's adapters are disabled, those of a pool and those that rows name included."""
+        """True while the model's adapters are disabled, including those of a pool and those named per row."""
         return bool(self._layers) and all(layer.disable_adapters for layer in self._layers)
 
     @property
     def declared(self) -> list[str] | None:
-        """The names that PEFT's forward or generate was given in this thread."""
-        # Names read in traced code would be a guard, so it leaves the graph where any thread declares some.
-        return self._read() if self._num_declaring else None  # pyright: ignore[reportAttributeAccessIssue]
+        """The adapter_names that PEFT's forward or generate was given in this thread."""
+        # Names read in traced code would become a guard, so the graph breaks here while any thread declares some.
+        return self._read() if self._num_declaring else None
 
     @contextmanager
     def declare(self, names: list[str] | None) -> Iterator[None]:
-        """Says the adapter of each row for the call inside, where PEFT leaves no argument to say it."""
+        """Sets the adapter of each row for the call inside, where PEFT passes no argument on."""
         if names is None and not self._num_declaring:
             yield
             return
-        before = self._write(names)  # pyright: ignore[reportAttributeAccessIssue]
+        before = self._write(names)
         try:
             yield
         finally:
-            self._write(before)  # pyright: ignore[reportAttributeAccessIssue]
+            self._write(before)
 
-    @torch.compiler.disable
+    @untraced
     def _read(self) -> list[str] | None:
         return self._thread.declared
 
-    @torch.compiler.disable
+    @untraced
     def _write(self, names: list[str] | None) -> list[str] | None:
         before, self._thread.declared = self._thread.declared, names
         with self._lock:
@@ -168,16 +186,19 @@ class Routing:
         return {"layers": self._layers, "pool": self.pool, "calls": self.calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # in two steps, since layers and model refer to each other
+        # In two steps, since layers and model refer to each other.
         self.__init__(state["layers"], state["calls"])
         self.pool = state["pool"]
 
     def held(self) -> set[str]:
-        """Returns the names of the adapters that the model's layers hold."""
+        """Returns the names of the adapters in the model's layers."""
         return {name for layer in self._layers for name in layer.preft_A}
 
-    def of(self, names: Sequence[str], training: bool) -> RowAdapters:
-        """Returns the adapters of a batch, having checked their names.
+    def of(self, names: Sequence[str], training: bool, expands: bool = False) -> RowAdapters:
+        """Returns the adapters of a batch after checking their names.
+
+        Args:
+            expands: whether generate may repeat the rows
 
         Raises:
             TypeError: names is no list or tuple of strings.
@@ -194,10 +215,23 @@ class Routing:
         unknown = sorted(set(names) - known - {BASE_NAME})
         if unknown:
             raise ValueError(unknown_names(unknown, known))
-        return RowAdapters(names, self.pool, held, self.calls)
+        return RowAdapters(names, self, expands)
+
+    def live(self) -> list[str]:
+        """Returns the adapters that act on rows without a name: those that are active and not disabled."""
+        return sorted({name for layer in self._layers for name in layer.live_adapters()})
+
+    def owners(self, adapters: RowAdapters | None, batch: int) -> tuple[bytes | None, ...]:
+        """Returns whose keys and values a forward of prompt tokens makes: the key of each row's adapter."""
+        if adapters is not None and not self.disabled:
+            return adapters.owners(batch)
+        if not any(layer.is_live() for layer in self._layers):
+            return (None,) * batch
+        active = {name for layer in self._layers if not layer.disable_adapters for name in layer.active_adapters}
+        return (b"".join(self.adapter_key(name) for name in sorted(active)),) * batch
 
     def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
-        """Returns the adapter of each request, having checked the names; by default the model's active adapter.
+        """Returns the adapter of each request after checking the names; by default the model's active adapter.
 
         Raises:
             TypeError, ValueError: as in `of`; not as many names as requests; no names where several are active.
@@ -209,18 +243,18 @@ class Routing:
                     f"adapter_names has {len(names)} names for {num_requests} prompts: give one per prompt"
                 )
             return list(names)
-        active = {name for layer in self._layers for name in layer.live_adapters()}
+        active = self.live()
         if len(active) > 1:
             raise ValueError(
-                f"adapters {', '.join(sorted(active))} are active at once: continuous batching takes one adapter per "
+                f"adapters {', '.join(active)} are active at once: continuous batching takes one adapter per "
                 "request; name it with adapter_names, or choose one with set_adapter"
             )
-        return [*(active or {BASE_NAME})] * num_requests
+        return (active or [BASE_NAME]) * num_requests
 
     def adapter_key(self, name: str) -> bytes:
-        """Returns what the KV of an adapter's prompts is known by, 16 bytes; another one once its weights change.
+        """Returns the key of the KV that an adapter makes, 16 bytes. It changes with the adapter's weights.
 
-        A weight written through `.data` or NumPy does not show in the key of an adapter that the layers hold.
+        A write through `.data` or NumPy does not change the key of an adapter in the layers.
         """
         if self.disabled:
             return hashlib.blake2b(b"disabled", digest_size=16).digest()
@@ -228,14 +262,12 @@ class Routing:
             assert self.pool is not None
             with self.pool.acquire([name], idle=self.calls.sweep) as lease:
                 return pool_key(lease.slots[name])
-        digest = hashlib.blake2b(name.encode(), digest_size=16)
-        for layer in self._layers:
-            digest.update(repr(layer.state_of(name)).encode())
-        return digest.digest()
+        state = [layer.state_of(name) for layer in self._layers]
+        return hashlib.blake2b(repr((name, state)).encode(), digest_size=16).digest()
 
 
 def pool_key(slot: Slot) -> bytes:
-    """Returns what the KV of the prompts of a pool's adapter is known by, 16 bytes."""
+    """Returns the key of the KV that an adapter of a pool makes, 16 bytes."""
     return hashlib.blake2b(f"pool {slot.fingerprint}".encode(), digest_size=16).digest()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from preft_core.ops import add_direft_, direft_update, loreft_update
 from preft_hf.config import PreftConfig
 from preft_hf.layers.linear import PreftLayer, dropout_of
+from preft_hf.layers.per_thread import untraced
 from preft_hf.layers.phase import ForwardPhase, RoutedRows, SharedPhase
 from preft_hf.layers.rows import cast, check_present, check_slots, flat, masked, rows_added, rows_of
 
@@ -16,8 +17,8 @@ from preft_hf.layers.rows import cast, check_present, check_slots, flat, masked,
 class PreftBlock(nn.Module, PreftLayer):
     """DiReFT-P or LoReFT adapters of one decoder layer: h <- h + update(h) on prefill tokens.
 
-    Lives inside the decoder layer as its child `preft` and edits the layer's output from a forward hook, so that the
-    layer keeps its class, its attributes and its parameter names, and `output_hidden_states` shows the edit.
+    Is the child `preft` of the decoder layer and edits the layer's output in a forward hook. So the layer keeps its
+    class, its attributes and its parameter names, and `output_hidden_states` shows the edit.
     """
 
     adapter_layer_names = ("preft_A", "preft_B", "preft_R", "preft_bias")
@@ -72,7 +73,7 @@ class PreftBlock(nn.Module, PreftLayer):
         hidden = output[0] if several else output
         names = self._active_here()
         if isinstance(phase, RoutedRows) and not self._disable_adapters:
-            edited = self._edit_routed(hidden, phase)  # pyright: ignore[reportCallIssue]
+            edited = self._edit_routed(hidden, phase)
         elif names:
             edited = self._edit(hidden, self.phase.current(), names)
         else:
@@ -89,9 +90,9 @@ class PreftBlock(nn.Module, PreftLayer):
             return hidden + masked(update, phase, hidden.shape)
         return rows_added(hidden, index.to(hidden.device), update)
 
-    @torch.compiler.disable
+    @untraced
     def _edit_routed(self, hidden: Tensor, phase: RoutedRows) -> Tensor:
-        """Returns the stream with the update of its own adapter on each row."""
+        """Returns the stream with the update of each row's adapter."""
         edited = flat(hidden, phase.shape).clone()
         for name, rows in phase.held.items():
             if name in self.preft_A:

@@ -1,4 +1,4 @@
-"""Base output plus the adapter's update on prefill tokens: what all adapter layers share, and linear ones (LoRA-P)."""
+"""Linear layers with LoRA-P adapters: base output plus update on prefill tokens; the base of all adapter layers."""
 
 import math
 from typing import Any
@@ -13,12 +13,13 @@ from preft_core.ops import add_lora_, lora_update
 from preft_core.ops.weights import Weights
 from preft_core.pool.layout import Bucket
 from preft_hf.config import REFERENCE_NAME, PreftConfig
+from preft_hf.layers.per_thread import untraced
 from preft_hf.layers.phase import ForwardPhase, RoutedRows, SharedPhase
 from preft_hf.layers.rows import add_rows_, cast, check_present, check_slots, flat, masked, rows_added, rows_of
 
 
 class PreftLayer(BaseTunerLayer):
-    """What both kinds of adapter layer share: parameters by adapter name, and no merging.
+    """Base of both kinds of adapter layer: parameters by adapter name, and no merging.
 
     A merged weight would act on every token, so every form of merging raises.
 
@@ -52,22 +53,22 @@ class PreftLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def is_live(self) -> bool:
-        """True if an active adapter is here and not disabled."""
+        """Returns True if this layer has an active adapter that is not disabled."""
         return bool(self.live_adapters())
 
     def live_adapters(self) -> list[str]:
-        """Returns the active adapters that are here and not disabled."""
+        """Returns the active adapters of this layer; none if they are disabled."""
         return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.preft_A]
 
     def state_of(self, adapter_name: str) -> tuple[object, ...]:
-        """Returns what changes when the adapter's weights here do, by PyTorch's own count of changes."""
-        found = [getattr(self, leaf) for leaf in self.adapter_layer_names]
-        tensors = [parameters[adapter_name] for parameters in found if adapter_name in parameters]
-        return (
-            self.scaling.get(adapter_name),
-            self._disable_adapters,
-            *((id(t), t.data_ptr(), t._version) for t in tensors),
-        )
+        """Returns a value that changes with the adapter's weights in this layer, by PyTorch's version counters."""
+        # Every prefill forward asks every layer: nn.Module's attribute search would take most of the time.
+        modules, state = self.__dict__["_modules"], [self.scaling.get(adapter_name), self._disable_adapters]
+        for leaf in self.adapter_layer_names:
+            tensor = modules[leaf]._parameters.get(adapter_name)
+            if tensor is not None:
+                state += id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+        return tuple(state)
 
     def _active_here(self) -> list[str]:
         """Returns the names of the adapters that act on this layer's prefill tokens."""
@@ -87,7 +88,7 @@ class PreftLayer(BaseTunerLayer):
 
 MERGE_REFUSED = (
     "a PreFT adapter cannot be merged or unmerged: a merged weight would also change decode tokens. Keep the adapter "
-    "attached (decoding already runs at base speed), or take it off with unload()"
+    "attached (decoding already runs at base speed), or remove it with unload()"
 )
 
 
@@ -108,7 +109,7 @@ class PreftLinear(nn.Module, PreftLayer):
         self.preft_B = nn.ParameterDict()
         self.preft_dropout = nn.ModuleDict()
         # The backward of these two does not read their output; that of a quantised subclass may.
-        self._output_is_ours = type(base_layer) in (nn.Linear, Conv1D)
+        self._may_write_output = type(base_layer) in (nn.Linear, Conv1D)
         self._init_adapters(phase)
 
     def _base_device(self) -> torch.device:
@@ -126,13 +127,13 @@ class PreftLinear(nn.Module, PreftLayer):
         self.scaling[adapter_name] = config.scaling
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # The short way of decode forwards. _modules spares nn.Module's attribute search, a third of our cost here.
+        # The fast path of decode forwards. _modules avoids nn.Module's attribute search, a third of the overhead here.
         output = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
         phase = self.phase.snapshot()
         if phase is False:
             return output
         if isinstance(phase, RoutedRows):
-            return self._add_routed(output, x, phase)  # pyright: ignore[reportCallIssue]
+            return self._add_routed(output, x, phase)
         if names := self._active_here():
             phase = self.phase.current()
             for name in names:
@@ -144,7 +145,7 @@ class PreftLinear(nn.Module, PreftLayer):
         check_present(a, x)
         x = self.preft_dropout[name](x)
         if phase is True:
-            if self._output_is_ours and a.dtype == x.dtype == output.dtype and not torch.is_grad_enabled():
+            if self._may_write_output and a.dtype == x.dtype == output.dtype and not torch.is_grad_enabled():
                 output.view(-1, output.shape[-1]).addmm_(linear(x, a).flatten(0, -2), b.T, alpha=scaling)
                 return output
             return output + lora_update(cast(x, a), a, b, scaling).to(output.dtype)
@@ -152,24 +153,24 @@ class PreftLinear(nn.Module, PreftLayer):
             return output
         index = phase.index
         if index is not None and x.dtype == a.dtype and not torch.is_autocast_enabled(x.device.type):
-            # Rows are chosen after A: rows of x would be a copy that autograd keeps, another at each of q, k, v.
+            # Rows are selected after A. Rows of x would be a copy that autograd keeps, one for each of q, k and v.
             low = linear(flat(x, tuple(phase.mask.shape)), a).index_select(0, index.to(x.device))
             update = (linear(low, b) * scaling).to(output.dtype)
         else:
             update = lora_update(cast(rows_of(x, phase), a), a, b, scaling).to(output.dtype)
         if index is None:
             return output + masked(update, phase, output.shape)
-        add_rows = add_rows_ if self._output_is_ours else rows_added
+        add_rows = add_rows_ if self._may_write_output else rows_added
         return add_rows(output, index.to(x.device), update)
 
-    @torch.compiler.disable
+    @untraced
     def _add_routed(self, output: Tensor, x: Tensor, phase: RoutedRows) -> Tensor:
-        """Adds to each row the update of its own adapter."""
+        """Adds to each row the update of its adapter."""
         self._active_here()
         if self._disable_adapters:
             return output
         rows_in = flat(x, phase.shape)
-        output = output if self._output_is_ours else output.clone()
+        output = output if self._may_write_output else output.clone()
         rows_out = output.view(-1, output.shape[-1])
         for name, rows in phase.held.items():
             if name in self.preft_A:
@@ -194,7 +195,7 @@ class PreftLinear(nn.Module, PreftLayer):
 
 
 def dropout_of(config: PreftConfig) -> nn.Module:
-    """Returns what a new adapter's input goes through while it trains."""
+    """Returns the dropout on a new adapter's input."""
     return nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
 
 

@@ -1,7 +1,7 @@
 """The phase of the current forward: which of its tokens are prefill, and the context that carries it to the layers."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from preft_core.pool.layout import Bucket
 from preft_core.rule.tokens import Segments
 
-_DECLARED_PHASE: ContextVar[str | None] = ContextVar("preft_phase", default=None)
+_DECLARED: ContextVar[bool | tuple[int, ...] | None] = ContextVar("preft_declared", default=None)
 
 
 class Undecided(Enum):
@@ -39,12 +39,12 @@ class PrefillRows:
 
 
 class RoutedRows:
-    """A forward in which each row of the batch has an adapter of its own, or none.
+    """A forward whose rows have different adapters, or none.
 
     Attributes:
         shape: (batch, length)
-        held: adapter name -> positions of its prefill tokens in the flattened batch, for adapters that the model's
-            layers hold; a slice where they are consecutive, else int64 (rows,)
+        held: adapter name -> positions of its prefill tokens in the flattened batch, for adapters in the model's
+            layers; a slice where they are consecutive, else int64 (rows,)
         pooled: bucket -> segments of the flattened batch, for adapters in the slots of a pool
     """
 
@@ -57,7 +57,7 @@ class RoutedRows:
 
 
 SharedPhase = bool | PrefillRows
-"""All tokens prefill (True), none (False), or some; of the active adapters, for all rows the same."""
+"""All tokens are prefill (True), none (False), or some. The active adapters act on every row."""
 Phase = SharedPhase | RoutedRows
 
 
@@ -74,16 +74,16 @@ def phase_of_mask(mask: Tensor) -> SharedPhase:
 
 
 class ForwardPhase:
-    """The phase of the forward that is running on one model, kept apart for each thread.
+    """The phase of the forward that is running on one model, per thread.
 
     The model's pre-forward hook calls `begin`, the adapter layers ask `current`, the post-forward hook calls `end`.
-    torch.compile traces all three. What it does not compile, after a graph break or because torch gave a layer up,
-    finds the phase where the compiled part has left it, in the same thread.
+    torch.compile traces all three. Code that it does not compile, after a graph break or at a recompile limit, reads
+    the phase that the compiled part has set in the same thread.
     """
 
     def __init__(self) -> None:
-        # torch.compile traces it. Of a subclass it loses what traced code writes, without an error, unless that has
-        # __slots__, and fails on attributes of the class (torch 2.13).
+        # torch.compile traces it. With a subclass it drops what traced code writes, without an error, unless the
+        # subclass has __slots__, and it fails on class attributes (torch 2.13).
         self._thread = threading.local()
 
     def __reduce__(self) -> tuple[type["ForwardPhase"], tuple[()]]:
@@ -91,7 +91,7 @@ class ForwardPhase:
 
     @property
     def reached(self) -> set[int] | None:
-        """The ids of the adapter layers that have run in this thread's forward, while somebody counts them."""
+        """The ids of the adapter layers that have run in this thread's forward; None while reach checking is off."""
         return getattr(self._thread, "reached", None)
 
     @reached.setter
@@ -99,11 +99,11 @@ class ForwardPhase:
         self._thread.reached = reached
 
     def begin(self, phase: Phase) -> None:
-        """Sets the phase of the forward that starts now in this thread."""
+        """Sets the phase of the forward that starts in this thread."""
         self._thread.phase = phase
 
     def end(self) -> None:
-        """Forgets the phase: until the next `begin`, adapter layers refuse to run in this thread."""
+        """Clears the phase; adapter layers raise in this thread until the next `begin`."""
         self._thread.phase = Undecided.UNSET
 
     def current(self) -> SharedPhase:
@@ -116,14 +116,14 @@ class ForwardPhase:
         if not isinstance(phase, Undecided):
             assert not isinstance(phase, RoutedRows)
             return phase
-        declared = declared_phase()
-        if declared is None:
+        declaration = declared()
+        if not isinstance(declaration, bool):
             raise RuntimeError(
                 "a PreFT adapter layer ran outside of its model's forward, so it cannot tell prefill from decode "
                 "tokens: call the model that the adapter was attached to (not its inner backbone, nor model.forward), "
                 'or wrap the call in preft_phase("prefill") or preft_phase("decode")'
             )
-        return declared
+        return declaration
 
     def snapshot(self) -> Phase | Undecided:
         """Returns this thread's state, for `replay`."""
@@ -131,7 +131,7 @@ class ForwardPhase:
 
     @contextmanager
     def replay(self, phase: Phase | Undecided) -> Iterator[None]:
-        """Runs a recomputation under the phase that its first computation had; then restores this thread's state."""
+        """Runs a recomputation under the phase of the first computation, then restores this thread's state."""
         before = self.snapshot()
         self._thread.phase = phase
         try:
@@ -140,19 +140,23 @@ class ForwardPhase:
             self._thread.phase = before
 
 
-def declared_phase() -> bool | None:
-    """Returns True inside preft_phase("prefill"), False inside preft_phase("decode"), None elsewhere."""
-    phase = _DECLARED_PHASE.get()
-    return None if phase is None else phase == "prefill"
+def declared() -> bool | tuple[int, ...] | None:
+    """Returns what is declared for forwards in this context.
+
+    Returns:
+        True inside preft_phase("prefill"), False inside preft_phase("decode"), the context lengths inside
+        preft_scoring, None elsewhere.
+    """
+    return _DECLARED.get()
 
 
 @contextmanager
 def preft_phase(phase: Literal["prefill", "decode"]) -> Iterator[None]:
     """Declares that every token of the forwards inside is prefill, or that every one is decode.
 
-    For hand-written loops; `generate` and rows with labels know by themselves. Under torch.compile pass
-    `prefill_mask=True` or `prefill_mask=False` to the model instead, which compiles without a graph break. From
-    transformers 5.24 on the cache is called `cache`.
+    For custom loops; `generate` and rows with labels need no declaration. Under torch.compile pass `prefill_mask=True`
+    or `prefill_mask=False` to the model instead, which compiles without a graph break. From transformers 5.24 on the
+    cache is called `cache`.
 
         with preft_phase("prefill"):
             output = model(input_ids=prompt)
@@ -162,15 +166,48 @@ def preft_phase(phase: Literal["prefill", "decode"]) -> Iterator[None]:
     Args:
         phase: "prefill" (adapted) or "decode" (base model)
     Raises:
-        ValueError: another phase, or a preft_phase inside a preft_phase.
+        ValueError: another phase, or inside another preft_phase or preft_scoring.
     """
     if phase not in ("prefill", "decode"):
         raise ValueError(f'phase is {phase!r}: preft_phase takes "prefill" or "decode"')
-    outer = _DECLARED_PHASE.get()
+    with _declare(phase == "prefill", f"preft_phase({phase!r})"):
+        yield
+
+
+@contextmanager
+def preft_scoring(context_lengths: int | Sequence[int]) -> Iterator[None]:
+    """Declares for the forwards inside that each row is a context and a continuation that is scored.
+
+    The context is prefill and the continuation is decode, so one forward gives the log-likelihood that generation
+    would give the continuation: logits at the last context token predict its first token. Rows that hold labels need
+    no declaration.
+
+        with preft_scoring([len(context) for context in contexts]):
+            logits = model(input_ids=rows, attention_mask=mask).logits
+
+    Args:
+        context_lengths: tokens of each row's context, >= 1, padding not counted; one number stands for all rows
+    Raises:
+        ValueError: a length below 1, no length, or inside another preft_scoring or preft_phase.
+    """
+    lengths = (context_lengths,) if isinstance(context_lengths, int) else tuple(int(n) for n in context_lengths)
+    if not lengths or min(lengths) < 1:
+        raise ValueError(
+            f"context_lengths is {context_lengths!r}: give each row's number of context tokens, 1 or more; a row "
+            "without context takes the beginning-of-text token as its context"
+        )
+    with _declare(lengths, "preft_scoring"):
+        yield
+
+
+@contextmanager
+def _declare(declaration: bool | tuple[int, ...], name: str) -> Iterator[None]:
+    outer = _DECLARED.get()
     if outer is not None:
-        raise ValueError(f"preft_phase({phase!r}) inside preft_phase({outer!r}): leave the outer one first")
-    token = _DECLARED_PHASE.set(phase)
+        kind = "preft_scoring" if isinstance(outer, tuple) else f"preft_phase({'prefill' if outer else 'decode'!r})"
+        raise ValueError(f"{name} inside {kind}: leave the outer one first")
+    token = _DECLARED.set(declaration)
     try:
         yield
     finally:
-        _DECLARED_PHASE.reset(token)
+        _DECLARED.reset(token)

@@ -1,4 +1,4 @@
-"""Rows of a layer's input and output: the prefill ones of a forward, in the shapes that layers see them."""
+"""Selects the prefill rows of a layer's input, and adds updates to those of its output."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def cast(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 def check_present(parameter: Tensor, x: Tensor) -> None:
-    """Raises a RuntimeError if an adapter's weights were offloaded: no hook of accelerate's brings them back."""
+    """Raises a RuntimeError if an adapter's weights were offloaded: accelerate's hooks do not load them."""
     if parameter.device.type == "meta" and x.device.type != "meta":
         raise RuntimeError(
             f"a PreFT adapter's weights are on the meta device and its input on {x.device}: offloading (accelerate's "
@@ -46,12 +46,12 @@ def check_present(parameter: Tensor, x: Tensor) -> None:
 
 
 def check_slots(slots: Tensor, x: Tensor) -> None:
-    """Raises a RuntimeError if a pool's slots are not on its model's device: they stay where the pool was made."""
+    """Raises a RuntimeError if a pool's slots are not on its model's device: they do not move with the model."""
     check_present(slots, x)
     if slots.device != x.device:
         raise RuntimeError(
             f"the slots of the model's PreftPool are on {slots.device} and the model is on {x.device} now: move the "
-            "model first and make the pool after that; pool.close() takes this one out"
+            "model first, then make the pool; pool.close() removes this one"
         )
 
 
@@ -59,19 +59,19 @@ def add_rows_(output: Tensor, index: Tensor, update: Tensor) -> Tensor:
     """Adds update (rows, width) to rows of output (..., width), in place, and returns output.
 
     Args:
-        index: int64, (rows,), rows of the flattened output, none twice
+        index: int64, (rows,), rows of the flattened output, without duplicates
     """
     result: Any = _AddRows.apply(output, index, update)
     return result
 
 
 def rows_added(x: Tensor, index: Tensor, update: Tensor) -> Tensor:
-    """Returns x (..., width) with update (rows, width) added to its rows at index; x stays as it is."""
+    """Returns a copy of x (..., width) with update (rows, width) added to its rows at index."""
     return x.flatten(0, -2).index_add(0, index, update).view(x.shape)
 
 
 class _AddRows(torch.autograd.Function):
-    """index_add_ that keeps the index alone for its backward; PyTorch's own keeps the update too, for its shape."""
+    """index_add_ that saves only the index for its backward; PyTorch's saves the update too, for its shape."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, index: Tensor, update: Tensor) -> Tensor:  # pyright: ignore

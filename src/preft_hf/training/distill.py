@@ -20,11 +20,11 @@ from preft_hf.training.plain import plain_generation
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a student's predictions of response tokens are to its teacher's, at the teacher's context.
+    """How close a student's predictions of response tokens are to its teacher's, in the same context.
 
     Attributes:
         kl: mean KL divergence of the student from the teacher, KL(teacher || student), nats a token
-        top1: share of tokens whose likeliest token is the same, 0 to 1
+        top1: share of positions with the same most likely token, 0 to 1
     """
 
     kl: float
@@ -32,18 +32,18 @@ class Agreement:
 
 
 def load_teacher(base: Any, lora: str | Path) -> Any:
-    """Returns a PeftModel in eval mode with a plain PEFT LoRA on every token, which shares the base's weights.
+    """Returns a PeftModel in eval mode with a plain PEFT LoRA (it acts on every token), sharing the base's weights.
 
     Args:
-        base: stays as it is
+        base: unchanged
     Raises:
-        ValueError: no adapter there, a PreFT adapter, or one of another base model's shapes.
+        ValueError: there is no adapter, a PreFT adapter, or an adapter of another base model's shapes.
     """
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(lora))
     if config.peft_type == "PREFT":
-        raise ValueError(f"{lora} is a prefill-only adapter already: give the folder of a plain PEFT LoRA")
+        raise ValueError(f"{lora} is already a prefill-only adapter: give the folder of a plain PEFT LoRA")
     if config.peft_type != "LORA":
         raise ValueError(f"{lora} has peft_type {config.peft_type}: give the folder of a plain PEFT LoRA")
     try:
@@ -54,7 +54,7 @@ def load_teacher(base: Any, lora: str | Path) -> Any:
 
 
 def sharing(model: torch.nn.Module) -> Any:
-    """Returns a model with modules of its own around the same parameters and buffers."""
+    """Returns a copy of the model's modules that shares its parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -62,8 +62,8 @@ def sharing(model: torch.nn.Module) -> Any:
 def widened(base: Any, lora: str | Path, rank: int) -> Any:
     """Returns a PeftModel with a LoRA-P student that starts as the LoRA's plain conversion, at a higher rank.
 
-    The LoRA's rows come first, further rows of A are random and their columns of B zero; lora_alpha is chosen so that
-    the LoRA's weights keep their scaling.
+    The LoRA's rows of A come first; the other rows are random and their columns of B are zero. lora_alpha is chosen
+    so that the LoRA's weights keep their scaling.
 
     Args:
         base: gets the student's layers
@@ -76,7 +76,7 @@ def widened(base: Any, lora: str | Path, rank: int) -> Any:
     source, tensors = read_lora(lora)
     if rank < source.r:
         raise ValueError(
-            f"rank is {rank} and the teacher's {source.r}: give at least the teacher's, or start the student from zero"
+            f"rank is {rank} and the teacher's is {source.r}: give at least the teacher's, or --start zero"
         )
     scaling = PreftConfig(r=source.r, lora_alpha=source.lora_alpha, use_rslora=source.use_rslora).scaling
     config = PreftConfig(
@@ -109,8 +109,8 @@ def response_logits(model: Any, batch: dict[str, Tensor], is_student: bool) -> T
     """Returns the logits that predict each response token: float32 (tokens, vocabulary).
 
     Args:
-        batch: as `collate` makes it
-        is_student: the model is prefill-only, and its prompt is what the labels leave out
+        batch: from `collate`
+        is_student: whether the model is prefill-only; its prompt tokens are those without a label
     """
     mask = {"prefill_mask": (batch["labels"] == IGNORED_LABEL) & batch["attention_mask"].bool()} if is_student else {}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -138,10 +138,10 @@ def distillation_loss(teacher: Any) -> Callable[[Any, dict[str, Tensor]], Tensor
 def agreement(
     teacher: Any, student: Any, samples: Sequence[Sample], pad_token_id: int, is_student: bool = True
 ) -> Agreement:
-    """Returns how near the student is to the teacher on the response tokens of all samples.
+    """Returns how close the student is to the teacher on the response tokens of all samples.
 
     Args:
-        is_student: False for a base model without an adapter in the student's place
+        is_student: False for a base model without an adapter
     """
     was_training = student.training
     student.eval()
@@ -166,12 +166,12 @@ def responses(
     temperature: float,
     progress: Callable[[int], None] = lambda num_rows: None,
 ) -> list[list[int]]:
-    """Returns the model's response to each prompt in token ids, an end-of-text token included where it comes.
+    """Returns the model's response to each prompt as token ids, including the end-of-text token if it is generated.
 
     Args:
         prompts: token ids
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn from the whole distribution. Of what the
-            model's generation_config.json says, its special tokens count alone
+        temperature: 0 takes the most likely token; otherwise tokens are sampled from the whole distribution. Of the
+            model's generation_config.json only the special tokens are used
         progress: called with the number of rows of each finished batch
     """
     ends = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""What `preft distill` does: teacher, student, responses, training, and what it was before and after."""
+"""The run behind `preft distill`: teacher, student, responses, training, scores before and after."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,12 @@ from rich.progress import Progress
 
 from preft_hf.config import PreftConfig
 from preft_hf.forward.labels import IGNORED_LABEL
-from preft_hf.training.data import DataError, Sample, Turn, encode_prompts, encode_turns, read_turns
+from preft_hf.training.data import Sample, encode_prompts, encode_turns
 from preft_hf.training.distill import Agreement, agreement, distillation_loss, load_teacher, responses, widened
 from preft_hf.training.run_folder import check_output, run_facts, write_facts, write_metrics
 from preft_hf.training.sft import TrainingPlan, steps_of, train
 from preft_hf.training.train_run import check_context, load_base, split
+from preft_hf.training.turns import DataError, Turn, read_turns
 
 FREE_OPTIONS = {"output", "data", "resume", "scored_rows"}
 
@@ -51,7 +52,7 @@ class DistillOptions:
 
 @dataclass(frozen=True)
 class Score:
-    """A student on held-out rows. same_answers: share of greedy answers that are the expected ones; None: not run."""
+    """A student on held-out rows. same_answers: share of greedy responses that are as expected; None: not run."""
 
     kl: float
     top1: float
@@ -59,10 +60,10 @@ class Score:
 
 
 def distill(options: DistillOptions, console: Console) -> bool:
-    """Distils the LoRA and saves the student; returns False if Ctrl-C stopped it after a checkpoint.
+    """Distils the LoRA and saves the student; returns False if Ctrl-C stopped it, with a checkpoint.
 
     Raises:
-        ValueError: options, data, LoRA or base model that do not work, or an output that holds another run.
+        ValueError: invalid options, data, LoRA or base model, or an output folder of another run.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -71,7 +72,7 @@ def distill(options: DistillOptions, console: Console) -> bool:
     turns = read_turns(options.data, prompts_alone=True)
     train_turns, eval_turns = split(turns, options.eval_split, options.seed, options.data)
     if not eval_turns:
-        raise ValueError("--eval-split is 0: give a share of rows to hold out, on which the student is judged")
+        raise ValueError("--eval-split is 0: give the share of rows to hold out for scoring the student")
     base, teacher, tokenizer = _load(options)
     torch.manual_seed(options.seed)
     train_samples, _ = _samples(train_turns, teacher, tokenizer, options, console, "sampling responses")
@@ -94,14 +95,14 @@ def distill(options: DistillOptions, console: Console) -> bool:
     result = train(student, train_samples, eval_samples, plan, pad, console, options.resume, loss)
     if result.interrupted:
         console.print(
-            f"Stopped at step {result.num_steps} of {plan.num_steps}. To go on: the same command and --resume"
+            f"Stopped at step {result.num_steps} of {plan.num_steps}. To continue: the same command with --resume"
         )
         return False
     after = judge.score(student)
     if after.kl >= before.kl:
         # no evaluation saw the student before its first step
         set_peft_model_state_dict(student, first)
-        console.print(f"[yellow]KL {after.kl:.4f} is no lower than before: the student is kept as it began[/]")
+        console.print(f"[yellow]KL {after.kl:.4f} is no lower than before: the initial student is kept[/]")
         after = before
     student.save_pretrained(str(options.output))
     tokenizer.save_pretrained(str(options.output))
@@ -126,10 +127,10 @@ def _load(options: DistillOptions) -> tuple[Any, Any, Any]:
     try:
         config = PeftConfig.from_pretrained(str(options.lora))
     except ValueError as error:
-        raise ValueError(f"{options.lora} is no adapter: {error}; give the folder of a plain PEFT LoRA") from error
+        raise ValueError(f"{options.lora} is not an adapter: {error}; give the folder of a plain PEFT LoRA") from error
     name = options.model or config.base_model_name_or_path
     if name is None:
-        raise ValueError(f"{options.lora} does not say which base model it is for: give it with --model")
+        raise ValueError(f"the config of {options.lora} names no base model: give it with --model")
     base, tokenizer = load_base(name, options.dtype)
     teacher = load_teacher(base, options.lora)
     if torch.cuda.is_available():
@@ -138,13 +139,12 @@ def _load(options: DistillOptions) -> tuple[Any, Any, Any]:
 
 
 class _Judge:
-    """Scores students on the same held-out rows, and by greedy answers to the first of them.
+    """Scores students on the same held-out rows, and by greedy responses to the first of them.
 
-    The expected answer is the row's response; the teacher's own greedy answer where there was none, as a drawn one is
-    not what the teacher would say first.
+    The expected response is the row's. Where it has none, it is the teacher's greedy response, not the sampled one.
 
     Args:
-        num_given: the first so many samples have a response of the data
+        num_given: the number of first samples whose response is in the data
     """
 
     def __init__(self, teacher: Any, tokenizer: Any, samples: Sequence[Sample], num_scored: int, num_given: int):
@@ -177,7 +177,7 @@ class _Judge:
 def _samples(
     turns: list[Turn], teacher: Any, tokenizer: Any, options: DistillOptions, console: Console, title: str
 ) -> tuple[list[Sample], int]:
-    """Returns samples of the given responses, then of responses that the teacher draws, and how many are given."""
+    """Returns samples of the given responses, then of responses sampled from the teacher, and how many are given."""
     given = [turn for turn in turns if not turn.is_open and not options.sample]
     asked = [turn for turn in turns if turn.is_open or options.sample]
     samples, num_long = encode_turns(given, tokenizer, options.max_length) if given else ([], 0)
@@ -200,7 +200,7 @@ def _samples(
             samples.append({"input_ids": prompt + kept, "labels": [IGNORED_LABEL] * len(prompt) + kept})
         num_long += num_long_prompts
     if num_long:
-        console.print(f"[yellow]{num_long} rows have more than {options.max_length} tokens and are left out[/]")
+        console.print(f"[yellow]{num_long} rows have more than {options.max_length} tokens and are skipped[/]")
     if not samples:
         raise DataError(f"no row of {options.data} is left: raise --max-length from {options.max_length}")
     return samples, num_given

@@ -1,4 +1,4 @@
-"""Generation by what a model predicts alone, whatever its generation_config.json asks for."""
+"""Generation that ignores a model's own generation settings, except for its special tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @contextmanager
 def plain_generation(model: Any) -> Iterator[None]:
-    """Within it, `generate` knows of the model's own settings its special tokens alone; afterwards all of them again.
+    """Within it, `generate` uses only the special tokens of the model's generation config; afterwards all settings.
 
-    A configuration that is passed to `generate` is not enough: what it leaves open comes from the model's own, such as
-    repetition_penalty, suppress_tokens or num_beams.
+    Passing a generation config to `generate` is not enough: what it does not set comes from the model's config, such
+    as repetition_penalty, suppress_tokens or num_beams.
 
     Args:
         model: a causal language model, or a PeftModel of one

@@ -1,4 +1,4 @@
-"""The folder of a run of `preft train` or `preft distill`: what the run is, whether it may go on, what came of it."""
+"""The output folder of `preft train` and `preft distill`: the run's options, resumption checks, metrics."""
 
 import hashlib
 import json
@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preft_hf.training.data import DataError
 from preft_hf.training.sft import CHECKPOINTS, last_checkpoint
+from preft_hf.training.turns import DataError
 
 RUN = "run.json"
 METRICS = "metrics.json"
 
 
 def run_facts(options: Any, data: Path, free: Collection[str]) -> dict[str, Any]:
-    """Returns what decides every loss of a run, as JSON keeps it.
+    """Returns everything that determines the losses of a run, as JSON values.
 
     Args:
         options: a dataclass
@@ -32,16 +32,15 @@ def run_facts(options: Any, data: Path, free: Collection[str]) -> dict[str, Any]
 
 
 def check_output(output: Path, resume: bool, facts: dict[str, Any]) -> None:
-    """Raises a ValueError if the output is no folder, or holds another run than the one that begins or goes on.
+    """Raises a ValueError if the output is not a folder, or belongs to another run.
 
-    A run that ended before its first whole checkpoint left nothing to go on with: another may begin in its folder.
+    A run that ended before its first complete checkpoint cannot be resumed: another may start in its folder.
     """
     if output.is_file():
         raise ValueError(f"--output {output} is a file: give a folder")
     if not resume and last_checkpoint(output / CHECKPOINTS) is not None:
         raise ValueError(
-            f"--output {output} holds the checkpoints of another run: go on with it by --resume, or give another "
-            "folder"
+            f"--output {output} has the checkpoints of another run: continue it with --resume, or give another folder"
         )
     file = output / RUN
     if resume and file.exists():
@@ -53,13 +52,13 @@ def check_output(output: Path, resume: bool, facts: dict[str, Any]) -> None:
         ]
         if faults:
             raise ValueError(
-                f"--resume goes on with the run in {output}, and {'; '.join(faults)}: give the same command, or "
+                f"--resume continues the run in {output}, but {'; '.join(faults)}: give the same options, or "
                 "another --output for another run"
             )
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:
-    """Makes the folder and says in it what run it holds."""
+    """Creates the folder and writes the run's facts into it."""
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN).write_text(json.dumps(facts, indent=1) + "\n")
 

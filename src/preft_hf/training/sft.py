@@ -1,4 +1,4 @@
-"""The training run behind `preft train`: transformers' Trainer with a progress bar that can be stopped and resumed."""
+"""The training run behind `preft train`: transformers' Trainer with a progress bar, stopped and resumed safely."""
 
 import functools
 import json
@@ -32,8 +32,8 @@ class TrainingPlan:
         batch_size: rows a step
         learning_rate: of AdamW; rises over a tenth of the steps, at most 20, then falls linearly to 0
         eval_every, save_every: steps; 0 means at the end only
-        patience: evaluations without a lower loss after which training stops; above 0, the adapter of the lowest
-            evaluation loss is kept, and a checkpoint goes with each evaluation
+        patience: evaluations without a lower loss before training stops; above 0, each evaluation writes a checkpoint
+            and the adapter with the lowest evaluation loss is kept
     """
 
     output: Path
@@ -48,7 +48,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A run's end. interrupted: Ctrl-C stopped it, with a checkpoint. losses: (step, nats a response token)."""
+    """How a run ended. interrupted: Ctrl-C stopped it, with a checkpoint. losses: (step, nats per response token)."""
 
     interrupted: bool
     num_steps: int
@@ -66,13 +66,13 @@ def train(
     resume: bool = False,
     loss_of: LossOf | None = None,
 ) -> TrainingResult:
-    """Trains the model's adapter in place; Ctrl-C stops after the step that is running, with a checkpoint.
+    """Trains the model's adapter in place; Ctrl-C stops after the current step and writes a checkpoint.
 
     Args:
         model: a PeftModel with a trainable adapter
         eval_samples: may be empty, unless the plan has patience
-        loss_of: the loss of a model on a batch as `collate` makes it; the model's own, of its labels, if None
-        resume: continue from the last checkpoint under the plan's output, with its optimizer, order and random state
+        loss_of: the loss of a model on a batch from `collate`; None uses the model's own loss on its labels
+        resume: continue from the last checkpoint in the plan's output, with its optimizer, data order and random state
     Raises:
         ValueError: resume without a checkpoint.
         RuntimeError: the loss is no longer finite.
@@ -80,7 +80,7 @@ def train(
     folder = plan.output / CHECKPOINTS
     checkpoint = last_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
-        raise ValueError(f"{folder} holds no checkpoint to resume from: start without --resume")
+        raise ValueError(f"{folder} has no checkpoint to resume from: start without --resume")
     bar = ProgressBar(console, plan, _num_tokens_a_row(train_samples))
     trainer = _Trainer(
         loss_of,
@@ -113,7 +113,7 @@ def train(
 
 
 class _Trainer(Trainer):
-    """Trainer with a loss of ours, which its `compute_loss_func` cannot be: that one does not see the inputs."""
+    """Trainer with a custom loss of model and inputs; `compute_loss_func` does not get the inputs."""
 
     def __init__(self, loss_of: LossOf | None, **settings: Any):
         self._loss_of = loss_of
@@ -129,12 +129,12 @@ class _Trainer(Trainer):
 
 
 def steps_of(steps: int | None, epochs: float, num_rows: int, batch_size: int) -> int:
-    """Returns the optimizer steps of a run: those asked for, else of so many passes over the rows; at least 1."""
+    """Returns the number of optimizer steps: `steps`, or that of `epochs` passes over the rows; at least 1."""
     return steps or max(1, round(epochs * num_rows / batch_size))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest whole checkpoint; None if there is none. Trainer writes trainer_state.json last."""
+    """Returns the latest complete checkpoint, None if there is none. Trainer writes trainer_state.json last."""
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json") if _is_json(file)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -142,11 +142,11 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _num_worse_evaluations(checkpoint: Path) -> int:
     """Returns how many evaluations in a row had no lower loss when the checkpoint was written.
 
-    Trainer's own way, restore_callback_states_from_checkpoint, brings back the patience of then as well.
+    Trainer's restore_callback_states_from_checkpoint would restore the old patience too.
     """
     callbacks = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
     saved = callbacks.get(EarlyStoppingCallback.__name__)
-    # a run without patience counts none
+    # a run without patience has no such callback
     return 0 if saved is None else saved["attributes"]["early_stopping_patience_counter"]
 
 
@@ -159,7 +159,7 @@ def _is_json(file: Path) -> bool:
 
 
 def evaluate(model: Any, samples: Sequence[Sample], pad_token_id: int, batch_size: int = 8) -> float:
-    """Returns the mean loss over the response tokens of all samples, in nats a token."""
+    """Returns the mean loss over the response tokens of all samples, in nats per token."""
     total, num_tokens = 0.0, 0
     model.eval()
     for i in range(0, len(samples), batch_size):
@@ -189,7 +189,7 @@ def _arguments(plan: TrainingPlan, folder: Path, has_eval: bool) -> TrainingArgu
         weight_decay=0.0,
         logging_strategy="steps",
         logging_steps=1,
-        # The filter would show the mean of earlier losses in place of NaN.
+        # the filter would show the mean of earlier losses instead of NaN
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_eval else "no",
         eval_steps=eval_every,
@@ -210,7 +210,7 @@ def _num_tokens_a_row(samples: Sequence[Sample]) -> float:
 
 
 class ProgressBar(TrainerCallback):
-    """Shows loss, tokens a second and the time left, and turns the first Ctrl-C into a checkpoint and a stop."""
+    """Shows loss, tokens per second and remaining time; the first Ctrl-C writes a checkpoint and stops."""
 
     def __init__(self, console: Console, plan: TrainingPlan, num_tokens_a_row: float):
         self.interrupted = False
@@ -234,7 +234,7 @@ class ProgressBar(TrainerCallback):
         try:
             self._before = signal.signal(signal.SIGINT, self._stop)
         except ValueError:
-            # not in the main thread, where nobody can press Ctrl-C
+            # not in the main thread, which alone gets Ctrl-C
             self._before = None
         self._progress.start()
         return self
@@ -248,7 +248,9 @@ class ProgressBar(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self._progress.console.print("Stopping after this step, with a checkpoint. Ctrl-C again to stop at once.")
+        self._progress.console.print(
+            "Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once."
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         now = time.perf_counter()
@@ -264,7 +266,7 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):
             raise RuntimeError(
-                f"the loss is {logs['loss']} at step {state.global_step}, so training diverged: start again with a "
+                f"the loss is {logs['loss']} at step {state.global_step}, so training diverged: restart with a "
                 f"lower learning rate than {self._plan.learning_rate:g}"
             )
         for name in ("loss", "eval_loss"):

@@ -129,7 +129,7 @@ def test_what_lora_p_cannot_express_is_refused(tmp_path):
 
 
 def test_mutated_files_are_refused_in_words(tmp_path):
-    """A short run of benchmarks/fuzz.py, which ran for a million files: docs/security.md."""
+    """A short run of benchmarks/fuzz.py, which ran for a million files: docs/explain/security.md."""
     from benchmarks.fuzz import Fuzzer
 
     report = Fuzzer(tmp_path, seed=random.randrange(1 << 30)).run(1500)

@@ -357,9 +357,14 @@ def test_names_that_cannot_be(kind, names, error, message):
         model.generate(input_ids=ids, adapter_names=names)
 
 
-def test_a_forward_with_a_wrong_number_of_names():
-    with pytest.raises(ValueError, match="3 names for a batch of 2 rows"):
-        crowd().model("held")(input_ids=prompts(2), adapter_names=["few"] * 3)
+@pytest.mark.parametrize(("num_names", "num_rows"), [(3, 2), (2, 4), (1, 2), (4, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_with_a_wrong_number_of_names(kind, num_names, num_rows):
+    """A forward does not repeat names, as generate does with its prompts for beams."""
+    names = ["few", "edit", "few", "edit"][:num_names]
+    for mask in (None, True, False):
+        with pytest.raises(ValueError, match=f"{num_names} names for a batch of {num_rows} rows"):
+            crowd().model(kind)(input_ids=prompts(num_rows), adapter_names=names, prefill_mask=mask)
 
 
 def test_train_mode():

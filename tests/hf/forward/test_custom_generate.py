@@ -76,7 +76,7 @@ def test_arguments_of_the_prompt_are_not_taken_for_a_generated_token(method, kin
         )
 
     with pytest.raises(
-        RuntimeError, match=rf"prefill_mask is from .* 1 tokens from position {length} on.*every forward"
+        RuntimeError, match=rf"prefill_mask is from .* 1 tokens after {length} in the cache.*every forward"
     ):
         run(is_right=False)
     assert torch.equal(run(is_right=True)[:, length:], c.oracle(ids)[0])

@@ -14,9 +14,9 @@ import torch
 from preft_core.format.adapter import load_adapter
 from preft_hf.tuner.saving import check_gathered
 from tests.hf.zoo import make_base, make_preft
+from tests.interpreter import ROOT, SOURCES
 from tests.ports import free_port
 
-ROOT = Path(__file__).parents[3]
 METHODS = ("lora", "direft")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -26,9 +26,9 @@ MODES = ["ddp", "fsdp", *(pytest.param(mode, marks=needs_deepspeed) for mode in 
 
 def run(base: Path, output: Path, mode: str, methods: Sequence[str], *launcher: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = SOURCES
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.hf.distributed", str(base), str(output), mode, *methods],
+        [sys.executable, *launcher, "-m", "tests.hf.training.distributed", str(base), str(output), mode, *methods],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -115,7 +115,7 @@ def test_kto_with_metrics_is_refused(tmp_path):
     data = Dataset.from_list([{"prompt": "w05 w06", "completion": f" w{8 + i:02}", "label": i < 2} for i in range(4)])
     how = {"model": make_preft(make_base()), "processing_class": tokenizer()}
     trainer = kto(tmp_path, **how, compute_metrics=Predictions(), eval_dataset=data)
-    with pytest.raises(ValueError, match=r"compute_metrics is set: KTOTrainer.*leave it out"):
+    with pytest.raises(ValueError, match=r"compute_metrics is set: KTOTrainer.*omit it"):
         check_trainer(trainer)
     with pytest.raises(ValueError, match=rf"KTOTrainer {NEITHER}"):
         trainer.evaluate()

@@ -17,6 +17,8 @@ from tests.hf.zoo import VOCABULARY, make_base, make_preft
 pytestmark = [
     # accelerate and transformers warn of what a CPU lacks and of their own old names
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    # the patterns below have unlabelled tokens in every place
+    pytest.mark.filterwarnings("ignore:.*between labelled tokens"),
     pytest.mark.filterwarnings("ignore:.*[tT]orch_?[dD]ynamo.*"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from preft_core.ops import orthonormal_rows
 from preft_hf import PrefillMaskCollator, expand_turns
 from preft_hf.forward.caches import cache_argument
-from preft_hf.forward.checkpointing import CheckpointWithPhase
+from preft_hf.layers.checkpointing import CheckpointWithPhase
 from tests.hf.cases import case, prompt
 from tests.hf.zoo import METHODS, make_base, make_preft
 

@@ -19,21 +19,21 @@ from tests.conftest import TGI_PYTHON
 from tests.core.hub.server import Hub
 from tests.interpreter import SOURCES
 from tests.ports import free_port
-from tests.tgi.server_process import make_world, some_ids
+from tests.tgi.server_process import make_tiny_model, some_ids
 
 pytestmark = pytest.mark.tgi
 TOKEN = "let me in"
 
 
 class Service:
-    def __init__(self, world, port=None, **variables):
-        self.world = world
+    def __init__(self, model, port=None, **variables):
+        self.model = model
         self.root = Path(tempfile.mkdtemp(prefix="preft-e-"))
         launcher = self.root / "text-generation-launcher"
         launcher.write_text(f'#!/bin/sh\nexec {TGI_PYTHON} {Path(__file__).parents[1] / "router.py"} "$@"\n')
         launcher.chmod(0o755)
         self.port = port or free_port()
-        adapters = ",".join(f"{name}={path}" for name, path in world.crowd.paths.items())
+        adapters = ",".join(f"{name}={path}" for name, path in model.adapters.paths.items())
         environment = dict(
             os.environ,
             PATH=f"{self.root}:{os.environ['PATH']}",
@@ -52,7 +52,7 @@ class Service:
             "serve",
             "--",
             "--model-id",
-            str(world.model),
+            str(model.directory),
             "--num-shard",
             "1",
         ]
@@ -105,23 +105,23 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service():
-    made = Service(make_world("llama"))
+    made = Service(make_tiny_model("llama"))
     yield made
     assert made.close() == 0, made.log.read_text()[-3000:]
 
 
 def test_many_requests_at_once(service):
-    names = [None, *service.world.crowd.paths]
+    names = [None, *service.model.adapters.paths]
     cases = [(names[i % len(names)], some_ids(3 + i % 11, i), 1 + i % 9) for i in range(48)]
     with ThreadPoolExecutor(12) as threads:
         found = list(threads.map(lambda case: service.generate(case[1], case[0], case[2]), cases))
-    assert found == [(200, service.world.expected(*case)) for case in cases]
+    assert found == [(200, service.model.expected(*case)) for case in cases]
 
 
 def test_clients_that_people_use(service):
     ids = some_ids(9, 77)
     text = " ".join(f"<{i}>" for i in ids)
-    models = ["wide", "edit", "tgi", str(service.world.model)]
+    models = ["wide", "edit", "tgi", str(service.model.directory)]
     task = json.dumps({"url": service.url, "text": text, "models": models})
     script = str(Path(__file__).parents[1] / "clients.py")
     # huggingface_hub's client refuses loopback too where it is told to be offline
@@ -131,11 +131,11 @@ def test_clients_that_people_use(service):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for model in models:
-        adapter = model if model in service.world.crowd.paths else None
-        expected = "".join(f"<{i}>" for i in service.world.expected(adapter, ids, 6))
+        adapter = model if model in service.model.adapters.paths else None
+        expected = "".join(f"<{i}>" for i in service.model.expected(adapter, ids, 6))
         assert found[model] == [expected] * 3, model
     assert "'nobody' is not known" in found["nobody"]
-    assert set(service.world.crowd.paths) < set(found["models"])
+    assert set(service.model.adapters.paths) < set(found["models"])
 
 
 def test_bad_requests_are_answered_and_others_go_on(service):
@@ -147,7 +147,7 @@ def test_bad_requests_are_answered_and_others_go_on(service):
         assert "known are edit, few, stable" in answer["error"]
         assert service.call("POST", "/generate", {"inputs": "<3>", "parameters": {"adapter_id": 7}})[0] == 422
         assert service.call("POST", "/v1/chat/completions", {"model": "x", "messages": []})[0] == 404
-        assert all(f.result() == (200, service.world.expected("wide", ids, 20)) for f in good)
+        assert all(f.result() == (200, service.model.expected("wide", ids, 20)) for f in good)
     text = service.get("/metrics")[1]
     assert "tgi_request_count" in text
     assert 'preft_requests_total{adapter="wide"}' in text
@@ -155,13 +155,13 @@ def test_bad_requests_are_answered_and_others_go_on(service):
 
 
 def test_adapters_by_the_admin_route(service):
-    path = str(service.world.crowd.paths["few"])
+    path = str(service.model.adapters.paths["few"])
     assert service.get("/preft/adapters")[0] == 401
     assert service.admin("POST", "", {"id": "late", "location": path})[0] == 201
     ids = some_ids(10, 6)
-    assert service.generate(ids, "late") == (200, service.world.expected("few", ids, 6))
-    assert service.admin("POST", "", {"id": "late", "location": str(service.world.crowd.paths["wide"])})[0] == 409
-    status, text, _ = service.admin("POST", "", {"id": "bad", "location": str(service.world.model)})
+    assert service.generate(ids, "late") == (200, service.model.expected("few", ids, 6))
+    assert service.admin("POST", "", {"id": "late", "location": str(service.model.adapters.paths["wide"])})[0] == 409
+    status, text, _ = service.admin("POST", "", {"id": "bad", "location": str(service.model.directory)})
     assert status == 422, text
     assert service.generate(ids, "bad")[0] == 422
     # removed while it is in use: the request ends as it began, new ones are refused
@@ -172,7 +172,7 @@ def test_adapters_by_the_admin_route(service):
         status, _, _ = service.admin("DELETE", "/late")
         assert status in (200, 202)
         assert service.generate(ids, "late")[0] == 404
-        assert running.result() == (200, service.world.expected("few", ids, 60))
+        assert running.result() == (200, service.model.expected("few", ids, 60))
 
 
 def test_a_client_that_goes_away_frees_its_request(service):
@@ -185,18 +185,18 @@ def test_a_client_that_goes_away_frees_its_request(service):
     while json.loads(service.get("/info")[1])["in_flight"] and time.monotonic() < deadline:
         time.sleep(0.05)
     ids = some_ids(8, 9)
-    assert service.generate(ids, "edit") == (200, service.world.expected("edit", ids, 6))
+    assert service.generate(ids, "edit") == (200, service.model.expected("edit", ids, 6))
 
 
 def test_a_stop_lets_requests_end():
-    service = Service(make_world("llama"))
+    service = Service(make_tiny_model("llama"))
     ids = some_ids(8, 9)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(service.generate, ids, "edit", 40)
         while not json.loads(service.get("/info")[1])["in_flight"]:
             time.sleep(0.01)
         service.process.send_signal(signal.SIGTERM)
-        assert running.result() == (200, service.world.expected("edit", ids, 40))
+        assert running.result() == (200, service.model.expected("edit", ids, 40))
     assert service.process.wait(timeout=30) == 0
 
 
@@ -205,16 +205,16 @@ def files_of(path):
 
 
 def test_adapters_from_the_hub(tmp_path):
-    world = make_world("llama")
+    model = make_tiny_model("llama")
     ids = some_ids(8, 15)
     with Hub() as hub:
         for name in ("wide", "edit", "few"):
-            hub.put(f"acme/{name}", files_of(world.crowd.paths[name]))
-        hub.put("other/wide", files_of(world.crowd.paths["wide"]))
-        broken = files_of(world.crowd.paths["wide"]) | {"adapter_model.safetensors": b"not a tensor"}
+            hub.put(f"acme/{name}", files_of(model.adapters.paths[name]))
+        hub.put("other/wide", files_of(model.adapters.paths["wide"]))
+        broken = files_of(model.adapters.paths["wide"]) | {"adapter_model.safetensors": b"not a tensor"}
         hub.put("acme/broken", broken)
         service = Service(
-            world,
+            model,
             HF_ENDPOINT=hub.endpoint,
             HF_HUB_OFFLINE="0",
             HF_HUB_DISABLE_XET="1",
@@ -225,13 +225,13 @@ def test_adapters_from_the_hub(tmp_path):
             PREFT_ALLOWED_ORGS="acme",
         )
         try:
-            assert service.generate(ids, "tone") == (200, service.world.expected("wide", ids, 6))
-            assert service.generate(ids, "acme/edit") == (200, service.world.expected("edit", ids, 6))
+            assert service.generate(ids, "tone") == (200, service.model.expected("wide", ids, 6))
+            assert service.generate(ids, "acme/edit") == (200, service.model.expected("edit", ids, 6))
             # nobody named it before: it is loaded, and then it is there
             deadline = time.monotonic() + 20
             while (answer := service.generate(ids, "acme/few"))[0] == 503 and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert answer == (200, service.world.expected("few", ids, 6))
+            assert answer == (200, service.model.expected("few", ids, 6))
             assert service.generate(ids, "other/wide")[0] == 404
             for name, status in (("acme/broken", 422), ("acme/nothing", 404)):
                 while (answer := service.generate(ids, name))[0] == 503 and time.monotonic() < deadline:
@@ -241,7 +241,7 @@ def test_adapters_from_the_hub(tmp_path):
             hub.fault("resolve", "500")
             status, answer = service.generate(ids, "acme/late")
             assert status == 503
-            assert service.generate(ids, "tone") == (200, service.world.expected("wide", ids, 6))
+            assert service.generate(ids, "tone") == (200, service.model.expected("wide", ids, 6))
         finally:
             assert service.close() == 0, service.log.read_text()[-3000:]
 
@@ -251,7 +251,7 @@ def test_bad_adapters_are_refused_and_others_go_on(service, tmp_path):
     from safetensors.torch import load_file, save_file
 
     ids = some_ids(8, 21)
-    good = service.world.crowd.paths["few"]
+    good = service.model.adapters.paths["few"]
     for name in ("nan", "big"):
         shutil.copytree(good, tmp_path / name)
     weights = load_file(good / "adapter_model.safetensors")
@@ -266,15 +266,15 @@ def test_bad_adapters_are_refused_and_others_go_on(service, tmp_path):
             assert (status, said in text) == (422, True), text
             assert service.generate(ids, name)[0] == 422
         result = running.result()
-        assert result == (200, service.world.expected("wide", ids, 60)), result
+        assert result == (200, service.model.expected("wide", ids, 60)), result
 
 
 def test_killed_and_started_again():
     """The front door is killed with no time to clean up: TGI ends with it, and the same command serves again."""
-    world = make_world("llama")
+    model = make_tiny_model("llama")
     ids = some_ids(8, 22)
-    first = Service(world)
-    assert first.generate(ids, "edit") == (200, world.expected("edit", ids, 6))
+    first = Service(model)
+    assert first.generate(ids, "edit") == (200, model.expected("edit", ids, 6))
     first.process.kill()
     first.process.wait(timeout=10)
     inner = first.port + 10_000 if first.port < 50_000 else first.port - 10_000
@@ -282,9 +282,9 @@ def test_killed_and_started_again():
     while _listens(inner):
         assert time.monotonic() < deadline, "TGI outlived its front door"
         time.sleep(0.1)
-    second = Service(world, port=first.port, PREFT_CONTROL_DIR=str(first.root / "c"))
+    second = Service(model, port=first.port, PREFT_CONTROL_DIR=str(first.root / "c"))
     try:
-        assert second.generate(ids, "edit") == (200, world.expected("edit", ids, 6))
+        assert second.generate(ids, "edit") == (200, model.expected("edit", ids, 6))
     finally:
         assert second.close() == 0
 

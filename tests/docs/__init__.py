@@ -1,0 +1,1 @@
+"""The docs: their examples run, and the site that is built of them works."""
