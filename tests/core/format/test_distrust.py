@@ -76,14 +76,14 @@ def test_manifests(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("adapters = 3", "no table `adapters` alone"),
-        ('[adapters]\na = "x/y"\n[other]\n', "no table `adapters` alone"),
-        ("[adapters]\n", "names 0 adapters"),
+        ("adapters = 3", "must contain one table `adapters`"),
+        ('[adapters]\na = "x/y"\n[other]\n', "must contain one table `adapters`"),
+        ("[adapters]\n", "has 0 adapters"),
         ('[adapters]\n"../up" = "x/y"', r"name '../up'"),
         ('[adapters]\n"/etc" = "x/y"', r"name '/etc'"),
         ('[adapters]\n"__base__" = "x/y"', "begin with __"),
         ("[adapters]\na = 3", "a directory or org/name"),
-        ("[adapters\n", "no TOML"),
+        ("[adapters\n", "not TOML"),
     ],
 )
 def test_wrong_manifests_are_refused(tmp_path, text, message):
