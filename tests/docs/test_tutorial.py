@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -47,6 +48,7 @@ def save_tiny_model(folder: Path, data: Path) -> None:
         vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=1,
     )  # fmt: skip
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -88,10 +90,13 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     plan, train, look, verify = printed
     assert "decode step, all-token LoRA" in plan[0]
     assert len(train) == 3
-    assert look[1] != look[2], "the adapter changes nothing"
+    for text in train:
+        before, after = map(float, re.findall(r"Held-out loss: ([\d.]+) to ([\d.]+)", text)[0])
+        assert after < before
     assert len(verify) == 1
+    # one batch of several adapters gives what each gives alone by the command
     first, second, base = scope["answers"]  # type: ignore[misc]
-    assert "customer-00" in first
-    assert "customer-01" in second
-    assert base != second
+    assert look[1].strip() == second.strip()
+    assert look[2].strip() == base.strip()
+    assert len({first, second, base}) == 3
     assert scope["counters"].loads >= 2  # type: ignore[attr-defined]

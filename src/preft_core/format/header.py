@@ -5,9 +5,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
 
 @contextmanager
-def open_weights(path: str | Path) -> Iterator[tuple[dict[str, TensorInfo], BinaryIO]]:
+def open_weights(path: str | Path) -> Iterator[tuple[dict[str, TensorInfo], BufferedReader]]:
     """Opens a safetensors file once. Yields its header and a reader that stands at the first tensor's bytes.
 
     Raises:
@@ -65,7 +65,7 @@ def open_weights(path: str | Path) -> Iterator[tuple[dict[str, TensorInfo], Bina
         ) from error
 
 
-def read_tensors(header: Mapping[str, TensorInfo], reader: BinaryIO) -> dict[str, Tensor]:
+def read_tensors(header: Mapping[str, TensorInfo], reader: BufferedReader) -> dict[str, Tensor]:
     """Returns the tensors of a file opened by `open_weights`, by name.
 
     The bytes are read without the interpreter lock. `safetensors.torch.load` copies them under it: other threads, such
@@ -77,9 +77,9 @@ def read_tensors(header: Mapping[str, TensorInfo], reader: BinaryIO) -> dict[str
     tensors = {}
     for name, info in sorted(header.items(), key=lambda item: (item[1].begin, item[1].end)):
         tensors[name] = torch.empty(info.shape, dtype=info.dtype)
-        num_bytes = reader.readinto(tensors[name].flatten().view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
+        num_bytes = reader.readinto(tensors[name].flatten().view(torch.uint8).numpy().data)
         if num_bytes != info.end - info.begin:
-            raise AdapterError(f"{reader.name} became shorter while it was read: load it again")
+            raise AdapterError(f"{reader.name} cannot be read: it became shorter meanwhile; load it again")
     return tensors
 
 
