@@ -1,4 +1,4 @@
-"""What is measured: forwards of the base model and of the same model with a prefill-only adapter attached."""
+"""The cases: forwards of the base model, and of the same model with a prefill-only adapter."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from preft_hf import PreftConfig
 from preft_hf.forward.caches import cache_argument
 
 TOLERANCE = 1e-3
-"""Largest difference of logits to the oracle: float32 over 30 layers. The adapter itself changes them far more."""
+"""Largest allowed difference of logits to the oracle: float32 over 30 layers. The adapter changes them far more."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def _edit(a: Tensor, b: Tensor, bias: Tensor, scaling: float) -> Callable[..., T
 
 @torch.no_grad()
 def prepared(case: Case, base: Any, model: Any, oracle: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Returns what to time, base first, having compared the results with the oracle.
+    """Compares the results with the oracle and returns the callables to time, base first.
 
     Raises:
-        RuntimeError: a wrong result; it is not timed.
+        RuntimeError: a wrong result, which is not timed.
     """
     ids = torch.randint(0, base.config.vocab_size, (case.batch_size, case.prompt_length))
     tokens = torch.randint(0, base.config.vocab_size, (case.batch_size, 1))

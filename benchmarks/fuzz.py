@@ -1,7 +1,7 @@
 """Mutated adapters through the reader: `python -m benchmarks.fuzz [--files N] [--seed S]`.
 
-Every file is made from a good one by a few mutations of its bytes, its JSON or its header. The reader may take it or
-refuse it with an AdapterError; anything else, more than a second of CPU time, or more than 64 MiB, is a fault.
+Every file is a valid one with a few mutations of its bytes, its JSON or its header. The reader may accept it, or
+refuse it with an AdapterError. Anything else, more than a second of CPU time, or more than 64 MiB is a fault.
 """
 
 import argparse
@@ -60,11 +60,11 @@ class Report:
 
 
 class Fuzzer:
-    """Makes adapters from good ones of each method, and reads them.
+    """Mutates valid adapters of each method, and reads them.
 
     Args:
         folder: for the files, one adapter at a time
-        seed: of everything; a fault names it and the number of the file
+        seed: of all random choices; a fault names it and the number of the file
     """
 
     def __init__(self, folder: Path, seed: int = 0):
@@ -91,10 +91,10 @@ class Fuzzer:
         self.folder.mkdir(exist_ok=True)
 
     def run(self, files: int, progress: Callable[[range], Any] = lambda numbers: numbers) -> Report:
-        """Returns what became of the files.
+        """Returns the outcomes of reading the files.
 
         Raises:
-            RuntimeError: the reader crashed, hung or took too much memory; the message says which file it was.
+            RuntimeError: the reader crashed, hung or used too much memory; the message names the file.
         """
         report = Report()
         for number in progress(range(files)):

@@ -1,8 +1,8 @@
 """Prefill-only adapters against all-token LoRA on a GPU: `python -m benchmarks.gpu [--smoke]`.
 
 Random weights in the shapes of real models. Prompts are prefilled in forwards of 8192 tokens; a decode step is a CUDA
-graph. All-token LoRA runs the same kernels, in prefill and inside the graph: only their place differs. A case whose
-slots, weights and cache do not fit the memory is listed as left out.
+graph. All-token LoRA runs the same kernels, in prefill and inside the graph. A case whose slots, weights and cache do
+not fit in memory is listed as skipped.
 """
 
 import argparse
@@ -35,12 +35,12 @@ SHARD_70B = replace(
 SMOKE = Shape("smoke", 64, 96, 2, 4, 2, 16, 128)
 SECTIONS = "kernels", "forwards", "serving", "left_out"
 TOLERANCE = {torch.bfloat16: 0.08, torch.float32: 1e-3}
-"""Largest difference to the reference in float32, as a share of the largest value of an op's result."""
+"""Largest allowed difference to the float32 reference, as a fraction of the largest value of an op's result."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run: tokens of prompt, decode steps timed, tokens of one prefill forward, repeats, and the counts."""
+    """The sizes of a run: prompt tokens, timed decode steps, tokens of one prefill forward, repeats, and counts."""
 
     device: str
     dtype: torch.dtype
@@ -55,7 +55,7 @@ class Setting:
 
 @dataclass
 class Stopwatch:
-    """Times a call in seconds: CUDA events on a GPU, the clock elsewhere."""
+    """Times a call in seconds: with CUDA events on a GPU, with the clock elsewhere."""
 
     device: str
 
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def merged(report: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Returns a report with new cases in the place of old ones of the same model, system, rank and load."""
+    """Returns a report in which new cases replace old ones of the same model, system, rank and load."""
 
     def key(case: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
         return tuple((name, value) for name, value in case.items() if isinstance(value, (str, int)))
@@ -137,7 +137,7 @@ def environment() -> dict[str, str]:
 
 
 def alternated(runs: dict[str, Callable[[], Any]], setting: Setting) -> dict[str, dict[str, Any]]:
-    """Returns median and quartiles of each in seconds: two runs each to warm up, then all in turn, again and again."""
+    """Returns median and quartiles of each, in seconds: two warm-up runs each, then all in turn, repeatedly."""
     watch = Stopwatch(setting.device)
     for run in runs.values():
         run()
@@ -153,7 +153,7 @@ def alternated(runs: dict[str, Callable[[], Any]], setting: Setting) -> dict[str
 
 
 def replay(run: Callable[[], Any], setting: Setting) -> tuple[Callable[[], Any], Any]:
-    """Returns the replay of a CUDA graph of a call and what the call returned; the call itself without a GPU."""
+    """Returns the replay of a CUDA graph of a call and the call's result; without a GPU, the call itself."""
     if setting.device != "cuda":
         return run, run()
     stream = torch.cuda.Stream()
@@ -169,7 +169,7 @@ def replay(run: Callable[[], Any], setting: Setting) -> tuple[Callable[[], Any],
 
 
 def host_seconds(run: Callable[[], Any], setting: Setting) -> float:
-    """Returns how long the host is busy with a call, whatever the device does meanwhile."""
+    """Returns the host time of a call in seconds, without waiting for the device."""
     times = []
     for _ in range(5):
         if setting.device == "cuda":
@@ -182,9 +182,9 @@ def host_seconds(run: Callable[[], Any], setting: Setting) -> float:
 
 
 def kernels(shape: Shape, setting: Setting) -> list[dict[str, Any]]:
-    """Times each op on one prefill forward, beside its base matrix product and the bytes it must move.
+    """Times each op on one prefill forward, with its base matrix product and the bytes that it must move.
 
-    "op" adds to an output that is there; "layer" is product and updates in one (`lora_linear`).
+    "op" adds to an existing output; "layer" is product and updates together (`lora_linear`).
     """
     found, tokens = [], setting.prefill_tokens
     hidden, inner = shape.hidden_size, shape.intermediate_size
@@ -231,10 +231,10 @@ def kernels(shape: Shape, setting: Setting) -> list[dict[str, Any]]:
 
 
 def check_op(run: Callable[[], None], output: Tensor, x: Tensor, weights: Any, segments: Segments) -> None:
-    """Compares one op with the reference in float32; leaves output as it was.
+    """Compares one op with the float32 reference and restores its output.
 
     Raises:
-        RuntimeError: a wrong result; it is not timed.
+        RuntimeError: a wrong result, which is not timed.
     """
     before = output.clone()
     right = output.to(torch.float32, copy=True)

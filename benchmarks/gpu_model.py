@@ -1,7 +1,7 @@
-"""A bare decoder with random weights: the matrix products, attention and cache of a served model, nothing around them.
+"""A minimal decoder with random weights: the matrix products, attention and cache of a served model.
 
-It takes the place of a serving engine: linear layers that share an input are one matrix, as there, and a decode step
-reads no value on the host, so that it can be captured in a CUDA graph, with adapters or without.
+It stands in for a serving engine: linear layers that share an input are one matrix, and a decode step does not
+synchronise with the host, so that it can be captured in a CUDA graph, with or without adapters.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from preft_core.rule.tokens import Segments
 
 @dataclass(frozen=True)
 class Adapters:
-    """Random adapters in slots: weights by layer and group, and the bytes of one."""
+    """Random adapters in slots: weights by layer and group, and the bytes of one slot."""
 
     weights: dict[str, Weights]
     slot_bytes: int
@@ -38,7 +38,7 @@ class Adapters:
 
 
 def sites_of(shape: Shape, layer: int, kind: str) -> list[Site]:
-    """Returns the places of one layer's adapters, in the groups that share an input."""
+    """Returns the adapter sites of one layer, grouped by shared input."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     if kind == "block":
@@ -52,7 +52,7 @@ def sites_of(shape: Shape, layer: int, kind: str) -> list[Site]:
 
 
 class Decoder:
-    """A decoder of a given shape. Its cache is one tensor a layer, (2, rows, kv heads, length, head dim).
+    """A decoder of a given shape. Its cache is one tensor per layer, (2, rows, kv heads, length, head dim).
 
     Args:
         shape: widths and layers

@@ -1,7 +1,7 @@
-"""Pulling hundreds of adapters from a Hub on loopback: `python -m benchmarks.hub [--adapters N]`.
+"""Pulls hundreds of adapters from a local Hub server: `python -m benchmarks.hub [--adapters N]`.
 
-`pull_adapters` (checks, pins, and downloads several at once) and a plain loop of snapshot_download take turns, each
-into an empty cache. A second pull, with everything in the cache, shows what resuming costs.
+`pull_adapters` (checks, pins, parallel downloads) and a plain loop of snapshot_download alternate, each with an empty
+cache. A second pull, with everything cached, shows the cost of resuming.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def fill(hub: Hub, folder: Path, number: int, megabytes: float) -> None:
 
 
 def run(hub: Hub, name: str, cache: Path, number: int) -> dict[str, float]:
-    """Returns one client's times, in a process of its own with an empty cache."""
+    """Returns one client's times, in a separate process with an empty cache."""
     shutil.rmtree(cache, ignore_errors=True)
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-m", "benchmarks.hub", "--adapters", str(number), "--client", name, str(cache)]

@@ -1,7 +1,7 @@
 """Many adapters in one batch: `python -m benchmarks.many [--repeats N] [--adapters 1,4,16] [--device cuda]`.
 
-Every row of the batch has its own adapter. The systems alternate in one process. A case that the results file holds
-already is kept, so that an interrupted study goes on where it stopped.
+Every row of the batch has its own adapter. The systems alternate in one process. A case that is already in the results
+file is kept, so that an interrupted study can be resumed.
 """
 
 import argparse
@@ -33,14 +33,14 @@ MEASURED = ("prefill_s", "time_to_first_token_s", "decode_tokens_per_s", "end_to
 
 
 def now() -> float:
-    """Returns the clock in seconds, when the device has done all that was asked of it."""
+    """Returns the clock in seconds, after synchronising with the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token was chosen, and how long the model took for the prompt."""
+    """Records the time of each token, and the time of the prompt's forward."""
 
     def __init__(self, model: Any):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -128,7 +128,7 @@ def measure(
     folder: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Returns one case's medians, quartiles and ratios to base, measured in turns; the system that starts rotates."""
+    """Returns one case's medians, quartiles and ratios to base. Systems alternate, in a rotating order."""
     (num_adapters, prompt, decode), repeats = case, options.repeats
     torch.manual_seed(0)
     ids = torch.randint(0, base.config.vocab_size, (num_adapters, prompt)).to(options.device)
@@ -149,7 +149,7 @@ def measure(
 
 
 def generation(system: System, ids: torch.Tensor, names: list[str], decode: int) -> dict[str, float]:
-    """Returns the times of one generation, all rows together."""
+    """Returns the times of one generation of all rows."""
     clock = Clock(system.model)
     start = now()
     system.model.generate(
@@ -187,7 +187,7 @@ def summary(runs: list[dict[str, float]], base: list[dict[str, float]]) -> dict[
 
 
 def peak_bytes(name: str, case: tuple[int, int, int], device: str) -> int:
-    """Returns the most memory that a process of its own took for one generation with this system."""
+    """Returns the peak memory of a separate process for one generation with this system."""
     command = [sys.executable, "-m", "benchmarks.many", "--device", device, "--peak-of", name]
     command += map(str, case)
     done = subprocess.run(command, capture_output=True, text=True, check=True)

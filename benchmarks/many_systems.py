@@ -1,4 +1,4 @@
-"""What `benchmarks.many` compares: ways to answer a batch whose every row has its own adapter, on one base model."""
+"""The systems that `benchmarks.many` compares: generation for a batch in which every row has its own adapter."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ from preft_hf.tuner.targets import linear_layers
 SYSTEMS = ("base", "peft-lora", "lora-p", "direft-p")
 RANK = 16
 TOLERANCE = 1e-3
-"""Largest difference of logits to the oracle: float32 over 30 layers. The adapters change them far more."""
+"""Largest allowed difference of logits to the oracle: float32 over 30 layers. Adapters change them far more."""
 
 
 @dataclass(frozen=True)
 class System:
-    """One way to answer. `arguments` of generate choose the rows' adapters; `adapters_in_decode`: also there."""
+    """One system. `arguments` returns generate's arguments for the rows' adapters; `adapters_in_decode`: all-token."""
 
     name: str
     model: Any
@@ -37,7 +37,7 @@ def adapter_names(num_adapters: int) -> list[str]:
 
 
 def save_adapters(base: Any, method: str, num_adapters: int, folder: Path) -> dict[str, Path]:
-    """Writes random adapters, each with its own weights, and returns where they are."""
+    """Writes random adapters with different weights and returns their directories."""
     model = get_peft_model(
         copy.deepcopy(base),
         PreftConfig(method=method, r=RANK, init_weights=False, task_type="CAUSAL_LM"),  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def save_adapters(base: Any, method: str, num_adapters: int, folder: Path) -> di
 
 
 def make_system(name: str, base: Any, num_adapters: int, folder: Path) -> System:
-    """Returns a system that knows num_adapters adapters; the same LoRA weights in PEFT's layers and in the pool."""
+    """Returns a system with num_adapters adapters; PEFT's layers and the pool have the same LoRA weights."""
     if name == "base":
         return System(name, copy.deepcopy(base), lambda names: {})
     if name == "peft-lora":
@@ -128,10 +128,10 @@ def _edit(leaves: dict[str, Tensor], scaling: float) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def check(system: System, base: Any, ids: Tensor, names: list[str], folder: Path, num_steps: int = 4) -> None:
-    """Compares a few rows of a mixed batch with a loop that knows one adapter at a time and none of our code.
+    """Compares a few rows of a mixed batch with a loop over single adapters that shares no code with preft_hf.
 
     Raises:
-        RuntimeError: a wrong result; it is not timed.
+        RuntimeError: a wrong result, which is not timed.
     """
     produced = system.model.generate(
         input_ids=ids,
@@ -159,7 +159,7 @@ def check(system: System, base: Any, ids: Tensor, names: list[str], folder: Path
 
 
 def _oracle(system: System, base: Any, ids: Tensor, tokens: Tensor, name: str, folder: Path) -> list[Tensor]:
-    """Returns the logits that lead to each of the tokens: the prompt adapted, decode adapted or not."""
+    """Returns the logits of each token, with an adapted prompt and adapted or base decode."""
     method = {"lora-p": "lora", "peft-lora": "lora", "direft-p": "direft"}.get(system.name)
     if method is None:
         first = base(input_ids=ids, use_cache=True)

@@ -1,7 +1,7 @@
-"""Holds the planner against what was measured: `python -m benchmarks.plan_check`.
+"""Compares the planner with measurements: `python -m benchmarks.plan_check`.
 
-A CPU's rates come from the base model's own prefill and decode in the same file: the largest that one of its cases
-reached. The paper's ratios are for servers and loads that it does not give in full: shown beside, not checked.
+A CPU's rates are the largest that the base model reached in the cases of the same file. The paper does not fully
+describe its servers and loads, so its ratios are shown but not checked.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def calibrated(report: dict[str, Any]) -> Device:
-    """Returns the device that the base model's own times describe."""
+    """Returns a device whose rates follow from the base model's times."""
     shape = SHAPES["smollm2-135m"]
     if report["device"] in DEVICES:
         return DEVICES[report["device"]]

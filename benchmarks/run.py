@@ -60,7 +60,7 @@ def measure(
 ) -> dict[str, Any]:
     """Returns the times of both sides in seconds and the ratio PreFT / base, with medians and quartiles.
 
-    The side that goes first alternates; the ratio is taken within each pair, so a slow spell of the machine hits both.
+    The order alternates. The ratio is taken within each pair, so that a slow period of the machine affects both.
     """
     for run in runs * NUM_WARM_UP:
         run()

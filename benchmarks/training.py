@@ -1,7 +1,7 @@
-"""Training against PEFT's LoRA at equal rank: `python -m benchmarks.training [--repeats N] [--rank R]`.
+"""Compares training with PEFT's LoRA at equal rank: `python -m benchmarks.training [--repeats N] [--rank R]`.
 
-Steps of the two alternate in one process, on the same rows. Activations are counted exactly: the bytes that autograd
-keeps for the backward pass.
+Steps of the two alternate in one process, on the same rows. Activation memory is exact: the bytes that autograd saves
+for the backward pass.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def measure(
     """Returns for each method the median time of a step, its ratio to LoRA's in the same turn, and activation bytes.
 
     Raises:
-        RuntimeError: a new adapter's loss is not the base model's, so that something else would be timed.
+        RuntimeError: a new adapter's loss differs from the base model's.
     """
     rows, prompt, response = shape
     ids = torch.randint(
@@ -98,7 +98,7 @@ def measure(
 
 
 def activation_bytes(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, float]:
-    """Returns the bytes that a forward keeps for its backward, beside weights and inputs, and the loss."""
+    """Returns the bytes that a forward saves for its backward, without weights and inputs, and the loss."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

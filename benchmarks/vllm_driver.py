@@ -1,4 +1,4 @@
-"""The part of `benchmarks.vllm_engine` that runs in vLLM's environment: one engine, the systems in turns."""
+"""The part of `benchmarks.vllm_engine` that runs in vLLM's environment: the systems alternate in one engine."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def use_kernels(llm, kernels: type) -> None:
-    """Makes the LoRA layers of an engine in this process use other kernels from its next step on."""
+    """Switches the LoRA kernels of an engine in this process, from its next step on."""
 
     def use(worker) -> None:
         manager = worker.model_runner.lora_manager._adapter_manager

@@ -1,11 +1,10 @@
 """Decode in vLLM with an adapter per request: `python -m benchmarks.vllm_engine [--model NAME] [--threads N] ...`.
 
-Base, all-token LoRA, LoRA-P and DiReFT-P take turns in one engine with the plugin's grouped kernels for the CPU, and
-all-token LoRA once more with those that vLLM ships (one slot is left free, since they are wrong when all are taken).
-A decode rate is that of the tokens after the first: the time of a whole run less that of a run of one token, adapters
-being in their slots at both. Before anything is timed, answers are compared: of prefill-only adapters with the
-two-phase loop, of all-token LoRA with transformers and PEFT. vLLM has an environment of its own: PREFT_VLLM_PYTHON
-names its Python.
+Base, all-token LoRA, LoRA-P and DiReFT-P alternate in one engine with the plugin's grouped CPU kernels; all-token LoRA
+also runs with vLLM's CPU kernels (with one slot free, since they are wrong when all are in use). The decode rate is
+that of the tokens after the first: the time of a whole run minus that of a run of one token, with all adapters in
+their slots. Outputs are compared before anything is timed: prefill-only adapters with the two-phase loop, all-token
+LoRA with transformers and PEFT. PREFT_VLLM_PYTHON names the Python of vLLM's environment.
 """
 
 import argparse
@@ -80,7 +79,7 @@ def measure(
     """Returns for each system its decode rate and its ratio to base within a turn, medians and quartiles.
 
     Raises:
-        RuntimeError: an answer is not the two-phase loop's, so that something else would be timed.
+        RuntimeError: output tokens differ from the two-phase loop's.
     """
     draw = random.Random(0)
     prompts = [[draw.randrange(3, base.config.vocab_size) for _ in range(prompt)] for _ in range(num_adapters)]
@@ -128,7 +127,7 @@ def measure(
 def make_adapters(
     base: Any, root: Path, num_adapters: int, rank: int, prompts: list[list[int]]
 ) -> tuple[dict[str, list[str]], dict[str, list[list[int]]]]:
-    """Returns the directories of each system's adapters, and what the first two of each should answer."""
+    """Returns the directories of each system's adapters, and the expected tokens of the first two of each."""
     places: dict[str, list[str]] = {name: [] for name in SYSTEMS[1:]}
     expected: dict[str, list[list[int]]] = {name: [] for name in SYSTEMS[1:]}
     for name, method in (("LoRA-P", "lora"), ("DiReFT-P", "direft")):
@@ -152,7 +151,7 @@ def make_adapters(
 
 
 def answer(model: PeftModel, prompt: list[int]) -> list[int]:
-    """Returns the first tokens that a model of transformers and PEFT answers."""
+    """Returns the first tokens that a transformers or PEFT model generates."""
     ids = torch.tensor([prompt])
     found = model.eval().generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=-1

@@ -1,7 +1,7 @@
-"""A first-order model of serving many adapters: bytes moved and arithmetic done, divided by what a device can do.
+"""A first-order cost model of serving many adapters: bytes moved and arithmetic done, divided by a device's rates.
 
-Nothing overlaps here but memory traffic and arithmetic within one base step; kernels start for free. It says where the
-time goes and how it scales, to within tens of per cent, not what a given server will reach.
+Only the memory traffic and the arithmetic of one base step overlap; kernel launches cost nothing. It shows where the
+time goes and how it scales, to within tens of per cent. It does not predict what a given server will reach.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,12 +18,12 @@ LINEAR_SETS = {
     "qv": ("q", "v"),
 }
 FUSED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-"""Linear layers that share their input, which is read once."""
+"""Linear layers that share their input, which is read once per group."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do: bytes/s of its memory, FLOP/s of 16-bit matrix products, both reachable; its bytes."""
+    """A device: achievable memory bandwidth (bytes/s), achievable FLOP/s of 16-bit matrix products, memory (bytes)."""
 
     name: str
     bandwidth: float
@@ -34,7 +34,7 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        # the rates that kernels reach, about 90 % and 70 % of the data sheets' bandwidth and dense bf16 figures
+        # achievable rates: about 90 % of the data sheet's bandwidth and 70 % of its dense bf16 FLOP/s
         Device("h100", 3.0e12, 700e12, 80e9),
         Device("h200", 4.3e12, 700e12, 141e9),
         Device("a100-80gb", 1.8e12, 220e12, 80e9),
@@ -48,7 +48,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only transformer with gated MLPs, as its config.json says it."""
+    """The shape of a decoder-only transformer with gated MLPs; fields as in config.json."""
 
     name: str
     hidden_size: int
@@ -79,19 +79,20 @@ class Shape:
 
     @classmethod
     def of_config(cls, config: object, name: str) -> "Shape":
-        """Returns the shape that a config.json describes.
+        """Returns the shape that a decoded config.json describes.
 
+        Args:
+            name: of the model
         Raises:
-            ValueError: no JSON object, a field that is missing or of no use, or a mixture of experts.
+            ValueError: not a JSON object, a missing or non-positive field, or a mixture of experts.
         """
         config = config.get("text_config", config) if isinstance(config, dict) else config
         if not isinstance(config, dict):
             raise ValueError(
-                f"the config of {name} holds {str(config)[:60]!r} where a JSON object is expected: give a model's "
-                "config.json"
+                f"the config of {name} is {str(config)[:60]!r}: expected a JSON object; give a model's config.json"
             )
         if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-            raise ValueError(f"{name} is a mixture of experts: the planner knows dense decoder-only models")
+            raise ValueError(f"{name} is a mixture of experts: the planner supports dense decoder-only models")
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         missing = [key for key in needed if not isinstance(config.get(key), int) or config[key] < 1]
         optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key)]
@@ -128,7 +129,12 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that run at once, each with an adapter, in turn; tokens of prompt and output; tokens of one prefill."""
+    """Requests that run at the same time and cycle through num_adapters adapters.
+
+    Attributes:
+        prompt, output: tokens per request
+        prefill_tokens: most tokens of one prefill forward
+    """
 
     num_adapters: int
     num_requests: int
@@ -144,7 +150,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Seconds of one forward of prompt tokens: the base model's, and what adapters add to it by cause."""
+    """Seconds of one prefill forward: of the base model, and what adapters add, by cause."""
 
     base: float
     adapter_bytes: float
@@ -153,26 +159,30 @@ class Prefill:
 
     @property
     def total(self) -> float:
+        """Seconds of base and adapters."""
         return self.base + self.adapter_bytes + self.activations + self.arithmetic
 
     @property
     def overhead(self) -> float:
-        """What adapters add, relative to the base."""
+        """The time that adapters add, as a fraction of the base's."""
         return self.total / self.base - 1
 
 
 @dataclass(frozen=True)
 class Planner:
-    """The model's predictions for one base model, adapter kind and device.
+    """The cost model for one base model, device and kind of adapter.
 
     Args:
-        rank: of all adapters
-        linears: a key of LINEAR_SETS; of no meaning for DiReFT-P, which is on every decoder layer
-        tensor_parallel: devices that share all work evenly; communication is not counted
-        element_bytes: of weights, KV and activations
-        fused: a kernel that adds to the base output where it is made, so that activations cross memory no more
+        shape: of the base model
+        device: one of DEVICES, or your own
+        method: "lora" (LoRA-P) or "direft" (DiReFT-P, on every decoder layer)
+        rank: of all adapters, 1 to 128
+        linears: a key of LINEAR_SETS; ignored for DiReFT-P
+        tensor_parallel: devices that share all work evenly, a divisor of the heads; communication costs nothing
+        element_bytes: bytes per element of weights, KV and activations
+        fused: assumes kernels that add the update while the base output is on chip, without activation traffic
     Raises:
-        ValueError: an argument that is out of range. All faults in one message.
+        ValueError: an argument out of range. All faults in one message.
     """
 
     shape: Shape
@@ -199,7 +209,7 @@ class Planner:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of one adapter's weights, A and B, at its own rank; all devices together."""
+        """Bytes of one adapter's weights at its own rank, on all devices together."""
         if self.method == "direft":
             return self.shape.num_layers * (2 * self.shape.hidden_size + 1) * self.rank * self.element_bytes
         widths = sum(sum(self.shape.linears()[name]) for name in LINEAR_SETS[self.linears])
@@ -207,7 +217,7 @@ class Planner:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes that an adapter takes in the slot pool, where ranks are filled up; all devices together."""
+        """Bytes of one slot of the pool, where ranks are padded, on all devices together."""
         bucket = Bucket("block" if self.method == "direft" else "linear", next(r for r in RANKS if r >= self.rank))
         return self.shape.num_layers * Layout(self._sites(), bucket).num_elements * self.element_bytes
 
@@ -219,7 +229,7 @@ class Planner:
         return [Site(n, "linear", (n,), shapes[n][0], (shapes[n][1],)) for n in LINEAR_SETS[self.linears]]
 
     def prefill(self, num_tokens: int, num_adapters: int) -> Prefill:
-        """Returns the time of one forward of num_tokens prompt tokens, of num_adapters different adapters.
+        """Returns the time of one forward of num_tokens prompt tokens with num_adapters different adapters.
 
         base          = max(2 P T / flops, P bytes / bandwidth)         P parameters, T tokens
         adapter_bytes = adapters * bytes of one / bandwidth             each is read once
@@ -242,7 +252,12 @@ class Planner:
         return Prefill(base / parallel, read / parallel, traffic / parallel, arithmetic / parallel)
 
     def decode_step(self, num_requests: int, context: float, num_adapters: int = 0) -> float:
-        """Returns the seconds of one decode step; num_adapters > 0: all-token LoRA, whose weights every step reads."""
+        """Returns the seconds of one decode step.
+
+        Args:
+            context: mean tokens of KV per request
+            num_adapters: all-token LoRAs, whose weights every step reads; 0 for PreFT and for the base
+        """
         kv = num_requests * context * self.shape.kv_bytes(self.element_bytes) / self.device.bandwidth
         arithmetic = 2 * self.shape.num_parameters * num_requests / self.device.flops
         base = max(self._weights_seconds() + kv / self.tensor_parallel, arithmetic / self.tensor_parallel)
@@ -252,7 +267,7 @@ class Planner:
         return self.shape.num_parameters * self.element_bytes / self.device.bandwidth / self.tensor_parallel
 
     def seconds(self, work: Workload, system: Literal["base", "preft", "all-token"]) -> float:
-        """Returns the time in which work.num_requests requests are answered, prefill then decode."""
+        """Returns the seconds for all requests of a workload: prefill, then decode."""
         tokens = work.num_requests * work.prompt
         per_forward = min(tokens, work.prefill_tokens)
         adapters = min(work.num_adapters, work.num_requests, max(1, -(-per_forward // work.prompt)))
@@ -273,7 +288,11 @@ class Planner:
         return lora.seconds(work, "all-token") / self.seconds(work, "preft")
 
     def adapters_that_fit(self, work: Workload, usable: float = 0.9) -> int:
-        """Returns how many adapters fit into slots beside the weights and the KV of the workload."""
+        """Returns how many adapters fit into slots, beside the weights and the workload's KV.
+
+        Args:
+            usable: fraction of the memory that may be used
+        """
         free = usable * self.device.memory * self.tensor_parallel
         free -= self.shape.num_parameters * self.element_bytes
         free -= work.num_requests * (work.prompt + work.output) * self.shape.kv_bytes(self.element_bytes)

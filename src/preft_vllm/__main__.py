@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m preft_vllm", description="PreFT adapters for vLLM")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="say what is replaced or relied on, and why")
+    commands.add_parser("list", help="print every function of vLLM that is replaced or relied on, and why")
     commands.add_parser("check", help="compare the installed vLLM with the table; exit status 1 if they differ")
     if parser.parse_args(arguments).command == "list":
         for seam in patches.ALL:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     faults = plugin.faults()
     for fault in faults:
         print(f"- {fault}", file=sys.stderr)
-    print(f"vLLM {plugin.vllm_version()}: {len(faults)} of {len(patches.ALL)} entries do not fit")
+    print(f"vLLM {plugin.vllm_version()}: {len(faults)} of {len(patches.ALL)} entries do not match")
     return 1 if faults else 0
 
 

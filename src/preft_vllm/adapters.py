@@ -1,7 +1,7 @@
-"""An adapter on its way into a worker of vLLM: checked as docs/explain/format.md says, then as vLLM's LoRA weights.
+"""Loads an adapter in a vLLM worker: checked as docs/explain/format.md says, then made vLLM's LoRA weights.
 
-What stands in for vLLM's functions takes the original and returns its replacement; `patches` is the table. vLLM is
-imported inside of functions alone.
+Each replacement takes vLLM's original function and returns the new one; `patches` is the table. vLLM is imported
+inside functions only.
 """
 
 import functools
@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from preft_core.format.adapter import Adapter, AdapterError
+from preft_core.format.adapter import Adapter
 from preft_core.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_json, read_limited
 from preft_core.format.header import raise_faults
-from preft_core.hub.source import find_adapter
 from preft_core.pool.layout import factors
 from preft_vllm.blocks import BLOCK_LEAF, add_blocks
+from preft_vllm.files import OpenFiles
 from preft_vllm.stamp import Stamp, stamp_of
 from preft_vllm.steps import STATES
 
-STAMP = "__preft_stamp__"
+STAMP, FILES, ELSEWHERE = "__preft_stamp__", "__preft_files__", "__preft_elsewhere__"
 
 
 def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a loaded model's decoder layers their places for DiReFT-P, and the V2 runner's LoRA state its states."""
+    """Registers DiReFT-P targets on a loaded model, and gives the V2 runner's LoRA state the request states."""
 
     @functools.wraps(original)
     def loaded(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
@@ -38,26 +38,21 @@ def load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Loads a PreFT adapter by its stamp. Its content is that of the stamp, or it is refused."""
+    """Loads a PreFT adapter by its stamp. Other content is refused."""
 
     @functools.wraps(original)
     def load(self: Any, lora_request: Any) -> Any:
         stamp = stamp_of(lora_request)
         if stamp is None:
             return original(self, lora_request)
-        adapter = find_adapter(stamp.location).load()
-        if adapter.fingerprint != stamp.fingerprint:
-            raise AdapterError(
-                f"{stamp.location} has changed: its fingerprint is {adapter.fingerprint} and requests were taken for "
-                f"{stamp.fingerprint}; load the new content under another lora_int_id"
-            )
+        adapter = vars(self).setdefault(FILES, OpenFiles()).load(stamp)
         return to_vllm(adapter, stamp, self._adapter_manager, self.lora_config, lora_request.lora_int_id)
 
     return load
 
 
 def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses an id that stands for another adapter in this worker."""
+    """Refuses an id under which this worker has another adapter."""
 
     @functools.wraps(original)
     def added(self: Any, lora_request: Any) -> Any:
@@ -66,9 +61,8 @@ def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             here, wanted = getattr(known, STAMP, None), stamp_of(lora_request)
             if here != wanted:
                 raise RuntimeError(
-                    f"lora_int_id {lora_request.lora_int_id} is {_named(here)} in this worker, and a request says "
-                    f"that it is {_named(wanted)}: one id is one adapter; with several API servers, use one, or "
-                    "ids of your own"
+                    f"lora_int_id {lora_request.lora_int_id} is {_named(here)} in this worker and {_named(wanted)} in "
+                    "a request: one id is one adapter; use one API server, or assign the ids yourself"
                 )
         return original(self, lora_request)
 
@@ -76,30 +70,32 @@ def add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def config_from_directory(original: Callable[..., Any], why: str) -> Callable[..., Any]:
-    """Refuses a PreFT adapter that reaches vLLM's own loading, saying why it did. For `PEFTHelper.from_local_dir`."""
+    """Refuses a PreFT adapter in vLLM's own loading, with the reason. For `PEFTHelper.from_local_dir`."""
 
     def load(cls: Any, lora_path: str, max_position_embeddings: int | None) -> Any:
         file = Path(lora_path) / CONFIG_NAME
         if file.is_file():
             config = parse_json(read_limited(file, MAX_CONFIG_BYTES), str(file))
             if isinstance(config, dict) and config.get("peft_type") == "PREFT":
-                raise ValueError(f"{lora_path} is a prefill-only (PreFT) adapter, and it is not served: {why}")
+                raise ValueError(f"{lora_path} is a prefill-only (PreFT) adapter and cannot be served: {why}")
         return original(cls, lora_path, max_position_embeddings)
 
     return functools.wraps(original)(load)
 
 
 def to_vllm(adapter: Adapter, stamp: Stamp, manager: Any, lora_config: Any, number: int) -> Any:
-    """Returns an adapter as vLLM's LoRAModel: weights by the names that vLLM has for the model's layers.
+    """Returns an adapter as vLLM's LoRAModel, with vLLM's names of the layers.
 
-    Scaling is in B. A DiReFT-P or LoReFT edit is A (r, hidden + 1), the bias in its last column, and B (hidden, r).
+    Scaling is folded into B. DiReFT-P and LoReFT become A (r, hidden + 1), the bias in its last column, and
+    B (hidden, r).
 
     Args:
-        manager: vLLM's LoRAModelManager, which knows the layers
-        lora_config: max_lora_rank, lora_dtype
+        manager: vLLM's LoRAModelManager
+        lora_config: max_lora_rank and lora_dtype are used
+        number: lora_int_id
     Raises:
-        AdapterError: all faults in one message: rank, layers that vLLM does not adapt, shapes, values that are not
-            finite in the dtype.
+        AdapterError: a rank above max_lora_rank, layers that vLLM does not adapt, wrong shapes, or values that are not
+            finite in lora_dtype. All faults in one message.
     """
     from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
     from vllm.lora.lora_weights import LoRALayerWeights  # pyright: ignore[reportMissingImports]
@@ -113,7 +109,7 @@ def to_vllm(adapter: Adapter, stamp: Stamp, manager: Any, lora_config: Any, numb
         a, b, bias = factors(adapter.config, leaves)
         if name not in shapes:
             if not _elsewhere(name, manager.model):
-                faults.append(_no_place(path, adapter.config.method, manager))
+                faults.append(_no_target(path, adapter.config.method, manager))
             continue
         if (a.shape[1], b.shape[0]) != shapes[name]:
             faults.append(f"{path} has {a.shape[1]} -> {b.shape[0]} features and the model has {shapes[name]}")
@@ -125,6 +121,10 @@ def to_vllm(adapter: Adapter, stamp: Stamp, manager: Any, lora_config: Any, numb
             faults.append(f"{path} is not finite in {lora_config.lora_dtype}")
         loras[name] = LoRALayerWeights(name, rank, rank, a, b, 1.0)
     raise_faults(f"adapter {stamp.location} cannot be served", faults)
+    if not loras:
+        # a pipeline worker that has none of its layers: vLLM needs one entry, and ignores names that it does not have
+        a, b = (torch.zeros(shape, dtype=lora_config.lora_dtype) for shape in ((rank, 1), (1, rank)))
+        loras[ELSEWHERE] = LoRALayerWeights(ELSEWHERE, rank, rank, a, b, 1.0)
     model = LoRAModel(number, rank, loras)
     setattr(model, STAMP, stamp)
     return model
@@ -135,7 +135,7 @@ def _named(stamp: Stamp | None) -> str:
 
 
 def _vllm_name(path: str, model: Any) -> str:
-    """Returns the name that vLLM has for a module of the transformers model."""
+    """Returns vLLM's name of a module of the transformers model."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return path
@@ -144,7 +144,7 @@ def _vllm_name(path: str, model: Any) -> str:
 
 
 def _shapes(manager: Any) -> Mapping[str, tuple[int, int]]:
-    """Returns (in, out) of each place, whole and not of a shard, by the name that an adapter's weights have."""
+    """Returns the unsharded (in, out) of each target by its name in an adapter's weights."""
     found: dict[str, tuple[int, int]] = {}
     for name, module in manager.modules.items():
         if name.endswith(f".{BLOCK_LEAF}"):
@@ -165,7 +165,7 @@ def _shapes(manager: Any) -> Mapping[str, tuple[int, int]]:
 
 
 def _widths(layer: Any) -> list[int]:
-    """Returns the widths of the outputs that lie side by side in a packed layer, whole and not of a shard."""
+    """Returns the unsharded output widths of the parts of a packed layer."""
     if hasattr(layer, "total_num_kv_heads"):
         keys = layer.total_num_kv_heads
         return [layer.total_num_heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size]
@@ -173,7 +173,7 @@ def _widths(layer: Any) -> list[int]:
 
 
 def _elsewhere(name: str, model: Any) -> bool:
-    """True for a layer that another worker of a pipeline has."""
+    """Returns whether another pipeline worker has the layer."""
     from vllm.model_executor.models.utils import PPMissingLayer  # pyright: ignore[reportMissingImports]
 
     parts = name.split(".")
@@ -187,8 +187,8 @@ def _elsewhere(name: str, model: Any) -> bool:
     return False
 
 
-def _no_place(path: str, method: str, manager: Any) -> str:
+def _no_target(path: str, method: str, manager: Any) -> str:
     if method != "lora" and not any(name.endswith(f".{BLOCK_LEAF}") for name in manager.modules):
-        name = type(manager.model).__name__
-        return f"method is {method}, and {name} has no place for it in vLLM: see docs/how-to/vllm.md"
-    return f"{path} is no layer that vLLM adapts in {type(manager.model).__name__}: retrain without it"
+        model = type(manager.model).__name__
+        return f"method is {method}, which is not supported for {model}: see docs/how-to/vllm.md"
+    return f"{path} is not a layer that vLLM adapts in {type(manager.model).__name__}: retrain without it"

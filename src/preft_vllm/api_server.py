@@ -1,7 +1,7 @@
-"""What stands in for functions of vLLM in the process that takes requests: an adapter is resolved and loaded there.
+"""Replacements of vLLM's functions in the API server process, where an adapter is resolved and loaded.
 
-Each takes the original and returns its replacement; `patches` is the table. Arguments are duck-typed and vLLM is not
-imported, so that this logic is tested without it.
+Each takes the original function and returns the new one; `patches` is the table. Arguments are duck-typed and vLLM is
+not imported, so that this logic is tested without it.
 """
 
 import asyncio
@@ -34,8 +34,8 @@ def process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         stamped = directory_of(self).stamped(lora_request)
         if stamp_of(stamped) is not None and (kwargs.get("resumable") or (len(args) > 4 and args[4])):
             raise ValueError(
-                f"adapter {stamped.lora_name!r} is prefill-only and the request is resumable: each part of its input "
-                "would make the answer before it part of the prompt; send one request per turn"
+                f"adapter {stamped.lora_name!r} is prefill-only and the request is resumable, which makes generated "
+                "tokens part of the prompt: send one request per turn"
             )
         return original(self, request_id, prompt, params, supported_tasks, arrival_time, stamped, *args, **kwargs)
 
@@ -43,9 +43,9 @@ def process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Resolves an adapter that is loaded ahead of requests, looking a Hub id up again.
+    """Resolves an adapter that is loaded before any request names it; looks up a Hub id again.
 
-    In the server, whose function is a coroutine, a thread does it: a download stops no other request's answer.
+    In the server, whose function is a coroutine, a thread does this, so that a download blocks no other request.
     """
 
     def resolved(engine: Any, lora_request: Any) -> Any:
@@ -65,15 +65,15 @@ def add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Loads an adapter that no request has named before, so that one that does not fit is an error of this call.
+    """Loads an adapter when a request first names it, so that one that cannot be served is an error of this call.
 
-    A worker that finds it in the middle of a step ends the engine.
+    The same error inside a step would end the engine.
     """
 
     def unloaded(engine: Any, lora_request: Any) -> Any:
         directory = directory_of(engine.input_processor)
         stamped = directory.stamped(lora_request)
-        # an all-token LoRA is left to vLLM, but not a place of which nothing could be read: a typing error, or no Hub
+        # an all-token LoRA is left to vLLM, but not a location that could not be read: a typo, or no Hub
         own = stamp_of(stamped) is not None or not directory.is_read(lora_request)
         return None if directory.is_loaded(stamped) or not own else stamped
 
@@ -111,8 +111,8 @@ def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
             for request in value if isinstance(value, (list, tuple)) else [value]:
                 if hasattr(request, "lora_int_id") and Directory().is_preft(request):
                     raise ValueError(
-                        f"adapter {request.lora_name!r} is prefill-only, and vLLM's beam search gives every generated "
-                        "token back as a prompt, where the adapter would act on it: use sampling with n > 1"
+                        f"adapter {request.lora_name!r} is prefill-only, and vLLM's beam search turns generated "
+                        "tokens into prompts, where the adapter would act on them: use sampling with n > 1"
                     )
         return original(self, *args, **kwargs)
 
@@ -120,29 +120,31 @@ def beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def directory_of(input_processor: Any) -> Directory:
-    """Returns the directory of a front process, made at its first use."""
+    """Returns the adapter directory of an API server process, created on first use."""
     found = getattr(input_processor, DIRECTORY, None)
     if found is None:
-        found = Directory(base_models(input_processor.vllm_config.model_config.model))
+        config = input_processor.vllm_config
+        transfer = getattr(config, "kv_transfer_config", None)
+        found = Directory(base_models(config.model_config.model), transfer and transfer.kv_connector)
         setattr(input_processor, DIRECTORY, found)
     return found
 
 
 def _refusal(error: ValueError) -> Exception:
-    """Returns an error that vLLM's server answers with 400 and its message; of another one it answers an empty 500."""
+    """Returns an error for which vLLM's server responds 400 with its message; for others it responds an empty 500."""
     from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
     return VLLMValidationError(str(error))
 
 
 def _fifth(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Returns the lora_request among the arguments of `add_request`, where it is the fifth."""
+    """Returns the lora_request, the fifth argument of `add_request`."""
     return args[4] if len(args) > 4 else kwargs.get("lora_request")
 
 
 @contextmanager
 def _loading(engine: Any, stamped: Any) -> Iterator[Any]:
-    """Yields a request for the engine to load its adapter. Its id stands for that then, or for nothing on failure."""
+    """Yields a request whose adapter the engine loads. Registers its id, or frees it on failure."""
     directory = directory_of(engine.input_processor)
     try:
         yield stamped

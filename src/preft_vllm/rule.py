@@ -1,4 +1,4 @@
-"""The position rule on vLLM's batches: which rows of a step are prefill, of which adapter. numpy alone."""
+"""The position rule on vLLM's batches: which rows of a step are prefill, and of which adapter. Needs numpy only."""
 
 from collections.abc import Sequence
 
@@ -6,32 +6,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.integer]
-BASE_ID = 0
-"""vLLM's id of a row without an adapter."""
+Bools = Sequence[bool] | NDArray[np.bool_]
 
 
 def prefill_rows(num_scheduled: Ints, num_computed: Ints, num_prompt: Ints) -> NDArray[np.int64]:
-    """Returns how many rows of each request are prefill in this step: they come first.
+    """Returns how many rows of each request are prefill in this step. They come first.
 
         rows[i] = clip(num_prompt[i] - num_computed[i], 0, num_scheduled[i])
 
-    Right for chunks, for a request that computes its answer again after a preemption, and for rows that verify
-    speculated tokens.
+    This covers chunked prefill, recomputation after a preemption, and rows that verify speculated tokens.
 
     Args:
         num_scheduled, num_computed, num_prompt: tokens per request, (requests,)
-    Source: arXiv 2605.14217, section 3; `preft_core.rule.tokens.prefill_span` says the same of one request.
+    Source: arXiv 2605.14217, section 3; `preft_core.rule.tokens.prefill_span` is the same for one request.
     """
     return np.clip(num_prompt.astype(np.int64) - num_computed, 0, num_scheduled)
 
 
-def token_ids(ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, prefill: Ints) -> NDArray[np.int64]:
-    """Returns the adapter's id of each row of a step, 0 for none, (sum of num_scheduled,).
+def token_ids(ids: Ints, prefill_only: Bools, num_scheduled: Ints, prefill: Ints) -> NDArray[np.int64]:
+    """Returns the adapter id of each row of a step, 0 for none: (sum of num_scheduled,).
 
     Args:
         ids: of each request's adapter, 0 for none
-        prefill_only: False for all-token LoRA, whose id is on every row
-        prefill: as `prefill_rows` gives it
+        prefill_only: False for all-token LoRA, which acts on every row
+        prefill: as returned by `prefill_rows`
     """
     adapted = np.where(np.asarray(prefill_only, bool), prefill, num_scheduled).astype(np.int64)
     pairs = np.stack([ids.astype(np.int64), np.zeros_like(ids, dtype=np.int64)], axis=1).ravel()
@@ -40,15 +38,11 @@ def token_ids(ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, pref
 
 
 def sampled_ids(
-    ids: Ints, prefill_only: Sequence[bool], num_scheduled: Ints, prefill: Ints, num_sampled: Ints
+    ids: Ints, prefill_only: Bools, num_scheduled: Ints, prefill: Ints, num_sampled: Ints
 ) -> NDArray[np.int64]:
-    """Returns the adapter's id of each row that is sampled from, (sum of num_sampled,): the last rows of a request.
+    """Returns the adapter id of each sampled row, the last rows of each request: (sum of num_sampled,).
 
-    A sampled row has the id that it has as a token: the last prompt token is prefill, rows of speculation are not.
+    A sampled row has the id that it has as a token: the last prompt token is prefill, speculated tokens are not.
     """
-    found = []
-    for i, count in enumerate(num_sampled.tolist()):
-        first = int(num_scheduled[i]) - count
-        adapted = np.arange(first, first + count) < (int(prefill[i]) if prefill_only[i] else first + count)
-        found.append(np.where(adapted, int(ids[i]), BASE_ID))
-    return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+    first = num_scheduled.astype(np.int64) - num_sampled
+    return token_ids(ids, prefill_only, num_sampled, np.clip(prefill - first, 0, num_sampled))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 JOB_SECONDS = 120
+COMPILED_JOB_SECONDS = 600
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -45,10 +46,11 @@ def break_it(name: str | None) -> None:
         block_pool.generate_block_hash_extra_keys = stock
 
 
-def watch_schedules(swap: list[str]) -> list[int]:
+def watch_schedules(swap: list[str | None]) -> list[int]:
     """Returns a list that grows with the number of requests of each step.
 
-    swap: filled when the coming step shall find a directory changed: files of the first become the second's
+    swap: filled when the coming step shall find a directory changed: files of the first become the second's, or the
+        directory is gone if there is no second
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -56,13 +58,42 @@ def watch_schedules(swap: list[str]) -> list[int]:
 
     def counting(self, *args, **kwargs):
         if swap:
-            shutil.copytree(swap.pop(), swap.pop(), dirs_exist_ok=True)
+            place, other = swap
+            swap.clear()
+            if other is None:
+                shutil.rmtree(place)
+            else:
+                shutil.copytree(other, place, dirs_exist_ok=True)
         output = original(self, *args, **kwargs)
         counts.append(len(output.num_scheduled_tokens))
         return output
 
     Scheduler.schedule = counting
     return counts
+
+
+def compile_on_cpu() -> None:
+    """Compiles models ahead of time as on a GPU, with vLLM's LoRA kernels, which Dynamo can trace.
+
+    vLLM does not compile with LoRA on a CPU.
+    """
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    # names operators that only a CUDA build has
+    FixFunctionalizationPass.__call__ = lambda self, graph: None
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check(cls, vllm_config):
+        original(cls, vllm_config)
+        vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+        vllm_config.compilation_config.backend = "inductor"
+        vllm_config.compilation_config.compile_sizes = []
+        stock = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+        CpuPlatform.get_punica_wrapper = classmethod(lambda cls: stock)
+
+    CpuPlatform.check_and_update_config = classmethod(check)
 
 
 def answer_of(output) -> dict:
@@ -97,7 +128,10 @@ def names_without_last_layer(worker, place: str) -> list[str]:
         del manager.modules[name]
     adapter = load_adapter(place)
     taken = to_vllm(adapter, Stamp(adapter.fingerprint, place), manager, runner.lora_config, 1)
-    return list(taken.loras)
+    names = list(taken.loras)
+    manager.add_adapter(taken)
+    manager.activate_adapter(taken.id)
+    return names
 
 
 def main() -> None:
@@ -116,7 +150,6 @@ def main() -> None:
 
 def in_child(folder: Path) -> NoReturn:
     """Does a folder's job and ends this process. A job that takes too long is ended by a signal."""
-    signal.alarm(JOB_SECONDS)
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, file in ((nothing, 0), (log, 1), (log, 2)):
@@ -124,6 +157,7 @@ def in_child(folder: Path) -> NoReturn:
     status = 1
     try:
         job = json.loads((folder / "job.json").read_text())
+        signal.alarm(COMPILED_JOB_SECONDS if job.get("compiled") else JOB_SECONDS)
         os.environ.update(job["environment"])
         (folder / "result.json").write_text(json.dumps(run(job)))
         status = 0
@@ -159,10 +193,16 @@ def run(job: dict) -> dict:
         from vllm.v1.core.sched.scheduler import Scheduler
 
         Scheduler.schedule = lambda self, *args, stock=Scheduler.schedule: stock(self, *args)
+    if job.get("compiled"):
+        compile_on_cpu()
+    if not job.get("installed", True):
+        # where our entry point is found
+        sys.path[:] = [path for path in sys.path if not list(Path(path).glob("preft_hf.egg-info"))]
     llm = LLM(model=job["model"], **defaults | job["engine"])
-    assert plugin.active() == (job["plugin"] and job.get("break") != "seam"), "vLLM did not load the plugin"
+    expected = job["plugin"] and job.get("installed", True) and job.get("break") != "seam"
+    assert plugin.active() == expected, "vLLM did not load the plugin"
     break_it(job.get("break"))
-    swap: list[str] = []
+    swap: list[str | None] = []
     peak = watch_schedules(swap)
     waves, errors = [], []
     for i, wave in enumerate(job["waves"]):

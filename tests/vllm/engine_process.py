@@ -56,6 +56,7 @@ def run(
     broken: str | None = None,
     errors: bool = False,
     plugins: str | None = None,
+    variables: dict[str, str] | None = None,
     job: dict | None = None,
     **engine,
 ) -> dict:
@@ -65,6 +66,7 @@ def run(
         broken: a rule that is put in place of ours
         errors: a wave that fails is noted, and the next one begins
         plugins: VLLM_PLUGINS; "" loads none
+        variables: more environment variables
         job: more for the driver
         engine: arguments of vLLM's LLM
     """
@@ -72,7 +74,8 @@ def run(
     job = {"model": str(world.model), "engine": engine, "waves": waves, "break": broken, "errors": errors} | (
         job or {}
     )
-    job |= {"plugin": plugins is None, "environment": {} if plugins is None else {"VLLM_PLUGINS": plugins}}
+    job |= {"plugin": plugins is None}
+    job |= {"environment": (variables or {}) | ({} if plugins is None else {"VLLM_PLUGINS": plugins})}
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "log").touch()
     driver = driver_process()

@@ -155,6 +155,20 @@ def test_without_the_plugin_an_adapter_is_refused():
     assert "preft_A" in found["errors"][0] or "required configuration fields" in found["errors"][0]
 
 
+def test_a_graph_compiled_before_the_plugin_was_installed_is_not_used(tmp_path):
+    """vLLM's cache of compiled graphs, cold, then warm: an edit of the residual stream is in the second graph."""
+    world = make_world("llama")
+    ids = some_ids(11, 1)
+    options = {"variables": {"VLLM_CACHE_ROOT": str(tmp_path)}, "enforce_eager": False}
+    base, edits = [[world.request(ids, None)]], [[world.request(ids, "edit"), world.request(ids, None)]]
+    check(world, base, run(world, base, job={"compiled": True, "installed": False}, **options))
+    graphs = set(tmp_path.glob("torch_compile_cache/torch_aot_compile/*"))
+    assert graphs
+    for _ in range(2):
+        check(world, edits, run(world, edits, job={"compiled": True}, **options))
+        assert len(set(tmp_path.glob("torch_compile_cache/torch_aot_compile/*")) - graphs) == 1
+
+
 def test_bad_adapters_are_refused_before_they_reach_the_engine(tmp_path):
     world = make_world("llama")
     good = world.request(some_ids(9, 1), "wide")
@@ -189,6 +203,21 @@ def test_an_adapter_that_does_not_fit_is_refused_with_its_faults_and_the_engine_
     assert "features and the model has" in found["errors"][0]
     assert "r is 24, above max_lora_rank=16" in found["errors"][1]
     check(world, [waves[0], waves[3]], {"waves": [found["waves"][0], found["waves"][3]]})
+
+
+def test_an_adapter_whose_directory_is_gone_is_loaded_again(tmp_path):
+    """Three requests share a slot and a place in host memory; preempted or queued, their adapters are read again."""
+    world = make_world("llama")
+    waves, engine = preempted(world)
+    for request in waves[0]:
+        if request["adapter"]:
+            name, number, path = request["adapter"]
+            request["adapter"] = [name, number, str(shutil.copytree(path, tmp_path / "adapters" / name))]
+    job = {"swap": [str(tmp_path / "adapters"), None]}
+    found = run(world, waves, job=job, max_loras=1, max_cpu_loras=1, **engine)
+    assert not (tmp_path / "adapters").exists()
+    assert found["counters"]["vllm:num_preemptions"] >= 1
+    check(world, waves, found)
 
 
 def test_a_worker_refuses_content_that_changed_after_a_request_was_taken(tmp_path):

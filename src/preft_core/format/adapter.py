@@ -1,14 +1,12 @@
-"""The adapter on disk: config and weights, read with every check, written in one step, told apart by a fingerprint."""
+"""The adapter on disk: config and weights, checked when read, written atomically, identified by a fingerprint."""
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,18 +15,19 @@ from torch import Tensor
 from preft_core.format.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
+    WEIGHTS_NAME,
     AdapterConfig,
     AdapterError,
+    Facts,
     config_faults,
     parse_config,
     read_config,
 )
 from preft_core.format.header import TensorInfo, open_weights, raise_faults, read_header, read_tensors
 from preft_core.format.names import plain_name
-from preft_core.format.staging import staging_in
+from preft_core.format.staging import publish_files, staging_in, write_config
 from preft_core.orthonormal import orthonormal_rows
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 METHOD_LEAVES = {
@@ -64,26 +63,15 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Module path -> leaf name -> shape."""
 
 
-class Facts(Protocol):
-    """The facts of a config that change what an adapter computes."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def r(self) -> int: ...
-    @property
-    def lora_alpha(self) -> float | None: ...
-    @property
-    def use_rslora(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class Adapter:
     """A checked adapter in host memory.
 
     Attributes:
-        tensors: by name, `base_model.model.<module path>.<leaf>`, without wrappers' parts such as _orig_mod
-        fingerprint: of config and tensors
+        config: as saved
+        tensors: by name, `base_model.model.<module path>.<leaf>`, without wrappers' parts such as _orig_mod; float32,
+            float16 or bfloat16, on the CPU
+        fingerprint: "sha256:..." of config and tensors, see `fingerprint`
     """
 
     config: AdapterConfig
@@ -91,23 +79,29 @@ class Adapter:
     fingerprint: str
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the tensors by module path and leaf name."""
+        """Returns the tensors by module path and leaf name (preft_A, ...). They are not copied."""
         return _by_module(self.tensors)
 
     @property
     def num_parameters(self) -> int:
+        """The number of elements of all tensors."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def check_header(config: Facts, header: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """Returns the tensors by module path and leaf name, having checked names and shapes against the config.
+    """Checks names and shapes of an adapter's tensors against its config; returns them by module path and leaf name.
 
+    Args:
+        config: method and r are used
+        header: tensors by name in the file, as `read_header` returns them
     Raises:
-        AdapterError: all faults: foreign names, missing or surplus leaves, shapes that are not of rank r or disagree.
+        AdapterError: unknown names, missing or unexpected leaves, shapes that do not match r or each other. All faults
+            in one message.
     """
     faults = [
         f"tensor name {name[:200]!r} does not have the form {KEY_PREFIX}<module path>.preft_..."
@@ -123,13 +117,13 @@ def check_header(config: Facts, header: Mapping[str, TensorInfo]) -> dict[str, d
         surplus = sorted(leaves.keys() - set(wanted))
         if missing or surplus:
             faults.append(
-                f"{path} has no {', '.join(missing) or 'fault'}, and {', '.join(surplus) or 'nothing'} too much"
+                f"{path}: missing {', '.join(missing) or 'nothing'}, unexpected {', '.join(surplus) or 'nothing'}"
             )
         elif fault := _shape_fault(config, {leaf: info.shape for leaf, info in leaves.items()}):
             faults.append(f"{path}: {fault}")
     if not modules and not faults:
-        faults.append("there is no tensor in it")
-    raise_faults(f"the weights do not fit method {config.method} with r = {config.r}", faults)
+        faults.append("there are no tensors")
+    raise_faults(f"the weights do not match method {config.method} with r = {config.r}", faults)
     return modules
 
 
@@ -152,8 +146,11 @@ def _shape_fault(config: Facts, shapes: Mapping[str, tuple[int, ...]]) -> str | 
 def check_shapes(config: Facts, found: Shapes, expected: Shapes) -> None:
     """Checks an adapter's shapes against those that a base model expects.
 
+    Args:
+        config: method is used, in the message
+        found, expected: module path -> leaf name -> shape
     Raises:
-        AdapterError: missing, unexpected and mis-shaped weights, each kind named, in one message.
+        AdapterError: missing weights, unexpected weights, wrong shapes. All faults in one message.
     """
     have = {(path, leaf): shape for path, leaves in found.items() for leaf, shape in leaves.items()}
     want = {(path, leaf): shape for path, leaves in expected.items() for leaf, shape in leaves.items()}
@@ -164,15 +161,19 @@ def check_shapes(config: Facts, found: Shapes, expected: Shapes) -> None:
         for path, leaf in have
         if (path, leaf) in want and tuple(have[path, leaf]) != tuple(want[path, leaf])
     ]
-    raise_faults(f"the {config.method} adapter's weights do not fit this base model and config", faults)
+    raise_faults(f"the {config.method} adapter's weights do not match this base model and config", faults)
 
 
 def fingerprint(config: Facts, tensors: Mapping[str, Tensor]) -> str:
-    """Returns "sha256:" and the hash of what the adapter computes: the facts of its config and its tensors.
+    """Returns "sha256:" + the hash of what the adapter computes.
 
-        sha256(JSON of the facts, then for each tensor by name: JSON of [name, dtype, shape], its little-endian bytes)
+        sha256(JSON of format_version, lora_alpha, method, r, use_rslora; then for each tensor, sorted by name:
+               JSON of [name, dtype, shape], then its little-endian bytes)
 
-    It does not depend on the order in the file, on the device, or on fields that do not change the function.
+    Independent of the order in the file, and of config fields that do not change the function.
+
+    Args:
+        config, tensors: the tensors by name in the file, on any device
     """
     facts = {
         "format_version": FORMAT_VERSION,
@@ -200,25 +201,25 @@ def fingerprint_fault(actual: str, saved: str | None) -> str:
 def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter:
     """Returns the adapter in a directory, on the CPU.
 
-    Config, file header, names and shapes are checked before a tensor is allocated; then the values and the
-    fingerprint.
+    Config, file header, names and shapes are checked before a tensor is allocated; values and fingerprint afterwards.
 
     Args:
-        check_values: look for values that are not finite and, for loreft, dependent rows of R
+        directory: of adapter_config.json and adapter_model.safetensors
+        check_values: check that all values are finite and, for loreft, that the rows of R are linearly independent
     Raises:
-        AdapterError: anything the format does not allow, a pickle, or a fingerprint that is not the config's.
+        AdapterError: a file that the format does not allow, a pickle, or a fingerprint that differs from the config's.
     """
     directory = Path(directory)
     weights = directory / WEIGHTS_NAME
     if not weights.exists() and (directory / PICKLE_NAME).exists():
         raise AdapterError(
-            f"{directory / PICKLE_NAME} is a pickle, which can run code when it is read: PreFT adapters are "
-            f"{WEIGHTS_NAME} only; ask whoever made the adapter to save it again"
+            f"{directory / PICKLE_NAME} is a pickle, which can run code when loaded: PreFT adapters are "
+            f"{WEIGHTS_NAME} only; save the adapter again with preft-hf"
         )
     config = read_config(directory)
     with open_weights(weights) as (header, reader):
         check_header(config, header)
-        # a mapped file would change a loaded adapter when somebody writes into it
+        # not a mapped file: a later write to it would change the loaded adapter
         read = read_tensors(header, reader)
     tensors = {name: read[name] for name in sorted(read)}
     if check_values:
@@ -231,23 +232,27 @@ def load_adapter(directory: str | Path, *, check_values: bool = True) -> Adapter
 
 def check_tensors(config: Facts, tensors: Mapping[str, Tensor]) -> None:
     """Raises an AdapterError for values that are not finite and, for loreft, for dependent rows of R."""
-    faults = [f"{name} holds NaN or infinite values" for name, t in tensors.items() if not torch.isfinite(t).all()]
+    faults = [f"{name} contains NaN or infinite values" for name, t in tensors.items() if not torch.isfinite(t).all()]
     if config.method == "loreft" and not faults:
         for name, tensor in tensors.items():
             if name.endswith(".preft_R"):
                 rows = orthonormal_rows(tensor.double())
-                # a dependent row has nothing left in the direction that is its own
+                # a dependent row has no component left along its own orthonormal direction
                 own = (rows * tensor.double()).sum(-1).abs() / tensor.double().norm(dim=-1).clamp(min=1e-300)
                 if own.min() < 1e-6:
-                    faults.append(f"{name} has rows that depend on each other")
+                    faults.append(f"{name} has linearly dependent rows")
     raise_faults("the weights cannot be used", faults)
 
 
 def save_adapter(directory: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> str:
-    """Writes an adapter in one step and returns its fingerprint. A failed save leaves what was there.
+    """Writes an adapter atomically and returns its fingerprint. A failed save leaves existing files unchanged.
 
+    Args:
+        directory: created if it does not exist
+        config: its fingerprint is ignored and computed anew
+        tensors: by name in the file, float32, float16 or bfloat16, on any device
     Raises:
-        AdapterError: config or tensors that load_adapter would refuse; nothing is written.
+        AdapterError: config or tensors that `load_adapter` would refuse. Nothing is written.
         OSError: the files cannot be written.
     """
     mark = fingerprint(config, tensors)
@@ -259,33 +264,6 @@ def save_adapter(directory: str | Path, config: AdapterConfig, tensors: Mapping[
         load_adapter(staging)
         publish_files(staging, Path(directory))
     return mark
-
-
-def write_config(directory: Path, data: Mapping[str, Any]) -> None:
-    """Writes CONFIG_NAME into a directory that nobody reads yet."""
-    (directory / CONFIG_NAME).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def publish_files(staging: Path, directory: Path) -> None:
-    """Moves config and then weights from a staging directory on the same file system into their place.
-
-    The config has to carry its fingerprint. Each file changes in one step. Between the two steps, a reader finds the
-    new config beside the old weights or none, which its fingerprint refuses; never a mixture that passes for an
-    adapter. Both may be read by those whom the umask lets.
-    """
-    # safetensors 0.8 makes files that their owner alone may read, and a server is often another user
-    shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        with (staging / name).open("rb+") as file:
-            os.fsync(file.fileno())
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        os.replace(staging / name, directory / name)
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _by_module(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""adapter_config.json: its fields, what is allowed in them, and every fault said at once."""
+"""adapter_config.json: its fields, their allowed values, and checks that report all faults at once."""
 
 import json
 import math
@@ -7,28 +7,42 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from preft_core.format.pattern import is_tame
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 4096
 METHODS = ("lora", "direft", "loreft")
 
 
 class AdapterError(ValueError):
-    """An adapter's files are not what the format allows."""
+    """An adapter that cannot be used: missing, malformed, or not matching the model."""
 
 
 class HubError(AdapterError):
-    """The Hub, or the way to it, failed: another time it may work."""
+    """The Hub, or the connection to it, failed: trying again later may help."""
+
+
+class Facts(Protocol):
+    """The config fields that change what an adapter computes."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def r(self) -> int: ...
+    @property
+    def lora_alpha(self) -> float | None: ...
+    @property
+    def use_rslora(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The facts an adapter is saved with. docs/explain/format.md has the meaning of each field."""
+    """The fields of a saved adapter_config.json. docs/explain/format.md has the meaning of each field."""
 
     method: str
     r: int
@@ -58,21 +72,19 @@ class AdapterConfig:
 
 
 def config_faults(values: Mapping[str, object], *, resolved: bool = True) -> list[str]:
-    """Returns what is wrong with the values of known fields, one sentence each; empty if nothing is.
+    """Returns the faults in the values of known fields, one sentence each; an empty list if there are none.
 
     Args:
-        values: fields of AdapterConfig, some or all, as Python objects or as read from JSON
-        resolved: True for a saved config, where defaults that depend on other fields have been filled in
+        values: some or all fields of AdapterConfig, as Python objects or as read from JSON
+        resolved: True for a saved config, in which defaults that depend on other fields are filled in
     """
     faults = []
     for name, (allowed, is_allowed) in _RULES.items():
         if name in values and not is_allowed(values[name]):
-            faults.append(f"{name} is {_shown(values[name])}: allowed is {allowed}")
+            faults.append(f"{name} is {_shown(values[name])}: allowed: {allowed}")
     version = values.get("format_version", FORMAT_VERSION)
     if _is_int(version) and version > FORMAT_VERSION:  # type: ignore[operator]
-        faults.append(
-            f"format_version is {version}: this preft-hf reads up to {FORMAT_VERSION}; upgrade preft-hf to read it"
-        )
+        faults.append(f"format_version is {version}: this preft-hf reads up to {FORMAT_VERSION}; upgrade preft-hf")
     return faults + _faults_between(values, resolved)
 
 
@@ -81,13 +93,13 @@ def _faults_between(values: Mapping[str, object], resolved: bool) -> list[str]:
     method, alpha = values.get("method"), values.get("lora_alpha")
     if method == "loreft":
         if alpha is not None:
-            faults.append(f"lora_alpha is {_shown(alpha)} with method loreft, which has no scaling: leave it out")
+            faults.append(f"lora_alpha is {_shown(alpha)} with method loreft, which has no scaling: omit it")
         if values.get("use_rslora") is True:
-            faults.append("use_rslora is True with method loreft, which has no scaling: leave it out")
+            faults.append("use_rslora is True with method loreft, which has no scaling: omit it")
         if _is_number(values.get("lora_dropout")) and values["lora_dropout"] != 0:
-            faults.append("lora_dropout is not 0 with method loreft, which is not defined with dropout: leave it out")
+            faults.append("lora_dropout is not 0 with method loreft, which has no dropout: omit it")
     elif resolved and "lora_alpha" in values and alpha is None:
-        faults.append(f"lora_alpha is null with method {method}: a saved config gives its number")
+        faults.append(f"lora_alpha is null with method {method}: a saved config has a number")
     if method in ("direft", "loreft"):
         targets = values.get("target_modules")
         if targets not in (None, "all-linear") or values.get("exclude_modules") is not None:
@@ -101,13 +113,15 @@ def _faults_between(values: Mapping[str, object], resolved: bool) -> list[str]:
 
 
 def parse_config(data: object) -> AdapterConfig:
-    """Returns the config in a JSON object.
+    """Returns the config in a decoded JSON object.
 
+    Args:
+        data: of adapter_config.json
     Raises:
-        AdapterError: every missing, unknown or wrong field, in one message.
+        AdapterError: missing, unknown or wrong fields. All faults in one message.
     """
     if not isinstance(data, Mapping):
-        raise AdapterError(f"{CONFIG_NAME} holds {_shown(data)}: a JSON object is expected")
+        raise AdapterError(f"{CONFIG_NAME} contains {_shown(data)}: expected a JSON object")
     known = [field.name for field in fields(AdapterConfig)]
     if data.get("peft_type") == "LORA":
         raise AdapterError(
@@ -132,10 +146,12 @@ def parse_config(data: object) -> AdapterConfig:
 
 
 def read_config(path: str | Path) -> AdapterConfig:
-    """Returns the config in a file, or in the CONFIG_NAME of a directory.
+    """Returns the config of a saved adapter.
 
+    Args:
+        path: of an adapter_config.json, or of the directory that contains it
     Raises:
-        AdapterError: the file is missing, too large, no strict JSON, or not a config.
+        AdapterError: a file that is missing, larger than 1 MiB, not strict JSON, or not a config.
     """
     file = Path(path)
     file = file / CONFIG_NAME if file.is_dir() else file
@@ -143,7 +159,7 @@ def read_config(path: str | Path) -> AdapterConfig:
 
 
 def read_limited(file: Path, max_bytes: int) -> bytes:
-    """Returns a file's bytes, having refused a file that is missing or longer than max_bytes."""
+    """Returns a file's bytes. Raises AdapterError if it cannot be read or is longer than max_bytes."""
     try:
         with file.open("rb") as reader:
             data = reader.read(max_bytes + 1)
@@ -152,29 +168,31 @@ def read_limited(file: Path, max_bytes: int) -> bytes:
             f"{file} cannot be read: {error.strerror}; give the directory of a saved adapter"
         ) from error
     if len(data) > max_bytes:
-        raise AdapterError(f"{file} has more than {max_bytes} bytes, the most that is read")
+        raise AdapterError(f"{file} has more than {max_bytes} bytes, the maximum")
     return data
 
 
 def parse_json(data: bytes, name: str) -> object:
-    """Returns strict JSON: UTF-8, no key twice, no NaN or Infinity.
+    """Returns decoded strict JSON: UTF-8, no duplicate keys, no NaN or Infinity.
 
+    Args:
+        name: of the file, for the error
     Raises:
-        AdapterError: anything else, with the file's name.
+        AdapterError: anything else.
     """
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise AdapterError(f"{name} is no JSON: {error}") from error
+        raise AdapterError(f"{name} is not JSON: {error}") from error
     except ValueError as error:
-        # a number of more digits than Python converts, a key twice, a constant
-        raise AdapterError(f"{name} is no strict JSON: {error}") from error
+        # a number with more digits than Python converts, a duplicate key, a constant
+        raise AdapterError(f"{name} is not strict JSON: {error}") from error
 
 
 def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("an object has a duplicate key")
     return found
 
 
@@ -239,10 +257,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_rslora": ("true or false", _is_bool),
     "init_weights": ("true or false", _is_bool),
     "task_type": ("CAUSAL_LM or null", lambda v: v is None or (isinstance(v, str) and v == "CAUSAL_LM")),
-    "base_model_name_or_path": ("a text of up to 4096 characters, or null", _is_text),
-    "revision": ("a text of up to 4096 characters, or null", _is_text),
+    "base_model_name_or_path": ("a string of up to 4096 characters, or null", _is_text),
+    "revision": ("a string of up to 4096 characters, or null", _is_text),
     "inference_mode": ("true or false", _is_bool),
-    "peft_version": ("a text of up to 4096 characters, or null", _is_text),
+    "peft_version": ("a string of up to 4096 characters, or null", _is_text),
     "auto_mapping": ("an object, or null", lambda v: v is None or isinstance(v, Mapping)),
     "fingerprint": ("sha256: and 64 hexadecimal digits, or null", _is_fingerprint),
 }

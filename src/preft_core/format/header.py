@@ -24,7 +24,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in the file: begin and end are bytes after the header."""
+    """A tensor of a safetensors file; begin and end are byte offsets after the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -33,13 +33,14 @@ class TensorInfo:
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
-    """Returns what the file says about its tensors, by name.
+    """Returns dtype, shape and offsets of the tensors of a safetensors file, by name. Reads the header only.
 
-    Source: the safetensors format: 8 bytes little-endian header length, the header as JSON, the tensors' bytes.
-
+    Args:
+        path: of the file
     Raises:
-        AdapterError: the file is truncated or too long, its header is too large or no JSON, a dtype is not F32, F16 or
-            BF16, or the tensors overlap, leave gaps or do not have the size of their shape.
+        AdapterError: a file that is truncated or above 16 GiB, a header that is above 64 MiB or not JSON, a dtype that
+            is not F32, F16 or BF16, or tensors that overlap, leave gaps or do not have the size of their shape.
+    Source: the safetensors format: 8 bytes little-endian header length, the header as JSON, the tensors' bytes.
     """
     with open_weights(path) as (header, _):
         return header
@@ -83,37 +84,45 @@ def read_tensors(header: Mapping[str, TensorInfo], reader: BufferedReader) -> di
 
 
 def header_length(start: bytes, size: int, name: str) -> int:
-    """Returns the length of the header that the file's first 8 bytes give, having held it against the file's size.
+    """Returns the header's length in bytes, checked against the file's size.
 
+    Args:
+        start: the first 8 bytes of the file
+        size: of the file, bytes
+        name: of the file, for the error
     Raises:
-        AdapterError: the file is too large, truncated, or of another kind.
+        AdapterError: the file is too large, truncated, or not a safetensors file.
     """
     length = struct.unpack("<Q", start)[0] if len(start) == HEADER_START_BYTES else -1
     if size > MAX_FILE_BYTES:
-        raise AdapterError(f"{name} has {size} bytes: at most {MAX_FILE_BYTES} are read")
+        raise AdapterError(f"{name} has {size} bytes: the maximum is {MAX_FILE_BYTES}")
     if not 0 < length <= min(MAX_HEADER_BYTES, size - HEADER_START_BYTES):
         raise AdapterError(
-            f"{name} has {size} bytes and says that {length} of them are its header (at most {MAX_HEADER_BYTES}): it "
+            f"{name} has {size} bytes and gives {length} as the length of its header (at most {MAX_HEADER_BYTES}): it "
             "is truncated, or not a safetensors file; download it again"
         )
     return length
 
 
 def parse_header(text: bytes, size: int, name: str) -> dict[str, TensorInfo]:
-    """Returns the tensors of a header, given the size of the whole file.
+    """Returns the tensors of a header, as `read_header` does.
 
+    Args:
+        text: the header, without the 8 bytes before it
+        size: of the whole file, bytes
+        name: of the file, for the error
     Raises:
-        AdapterError: as in read_header.
+        AdapterError: as in `read_header`.
     """
     header = parse_json(text, f"the header of {name}")
     if not isinstance(header, dict):
-        raise AdapterError(f"the header of {name} is no JSON object")
+        raise AdapterError(f"the header of {name} is not a JSON object")
     if len(header) > MAX_TENSORS:
-        raise AdapterError(f"{name} has {len(header)} tensors: at most {MAX_TENSORS} are read")
+        raise AdapterError(f"{name} has {len(header)} tensors: the maximum is {MAX_TENSORS}")
     faults: list[str] = []
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        faults.append("__metadata__ is no table of texts")
+        faults.append("__metadata__ is not a map of strings")
     found = {tensor: _info(tensor, value, faults) for tensor, value in header.items() if tensor != "__metadata__"}
     tensors = {tensor: info for tensor, info in found.items() if info is not None}
     if not faults:
@@ -124,18 +133,18 @@ def parse_header(text: bytes, size: int, name: str) -> dict[str, TensorInfo]:
 
 def _info(name: str, value: object, faults: list[str]) -> TensorInfo | None:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        faults.append(f"{name[:200]} has no dtype, shape and data_offsets")
+        faults.append(f"{name[:200]} does not have exactly dtype, shape and data_offsets")
         return None
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        faults.append(f"{name[:200]} has dtype {str(dtype)[:20]}: allowed are {', '.join(DTYPES)}")
+        faults.append(f"{name[:200]} has dtype {str(dtype)[:20]}: allowed: {', '.join(DTYPES)}")
         return None
     if not _is_counts(shape, most=8) or not _is_counts(offsets, most=2) or len(offsets) != 2:
-        faults.append(f"{name[:200]} has a shape or offsets that are no counts")
+        faults.append(f"{name[:200]} has a shape or offsets that are not lists of non-negative integers")
         return None
     info = TensorInfo(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
     if info.end - info.begin != prod(info.shape) * info.dtype.itemsize:
-        faults.append(f"{name[:200]} has {info.end - info.begin} bytes, which is not the size of {dtype} {shape}")
+        faults.append(f"{name[:200]} has {info.end - info.begin} bytes, not the size of {dtype} {shape}")
     return info
 
 
@@ -149,14 +158,14 @@ def _check_layout(tensors: dict[str, TensorInfo], num_bytes: int, faults: list[s
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
-            faults.append(f"{name[:200]} begins at byte {info.begin} and the one before it ends at {position}")
+            faults.append(f"{name[:200]} begins at byte {info.begin} and the previous tensor ends at {position}")
         position = info.end
     if position != num_bytes:
         faults.append(f"the tensors have {position} bytes and the file {num_bytes}: it is truncated or padded")
 
 
 def raise_faults(subject: str, faults: list[str]) -> None:
-    """Raises an AdapterError with the faults, if there are any; the first twenty of them in words."""
+    """Raises an AdapterError with the first 20 faults and the number of the others. A no-op without faults."""
     if faults:
         more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
         raise AdapterError(f"{subject}: " + "; ".join(faults[:MAX_FAULTS]) + more)

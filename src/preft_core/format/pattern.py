@@ -1,4 +1,4 @@
-"""Which regular expressions from strangers are run: those that end soon on any module name."""
+"""Which regular expressions of an untrusted config are run: those with a bounded matching time."""
 
 import re
 from re import _constants as codes  # type: ignore[attr-defined]
@@ -11,15 +11,15 @@ _REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
 
 def is_tame(pattern: str) -> bool:
-    """Returns whether a regular expression is matched in a time that is a small power of the text's length.
+    """Returns whether the matching time of a regular expression is a small power of the string's length.
 
-    Python's matcher has no time limit. It may take exponential time where a repeat holds a repeat or alternatives, and
-    a high power where many repeats can match the same characters. So a repeat may hold neither, no more than 8 repeats
-    may stand side by side, and no more than 3 of them may match letters and dots alike, as `.*` does; backward
-    references are not allowed.
+    Python's matcher has no time limit. Nested repeats, or alternatives inside a repeat, may take exponential time;
+    many repeats that match the same characters take a high power. So a repeat may contain neither, a pattern may have
+    at most 8 repeats, at most 3 of them may match both letters and dots, as `.*` does, and backreferences are not
+    allowed.
 
     Args:
-        pattern: one that re.compile takes
+        pattern: a valid regular expression
     """
     counts = {"all": 0, "wide": 0}
     return _tame(parser.parse(pattern), False, counts) and counts["all"] <= MAX_REPEATS
@@ -56,7 +56,7 @@ def _tame(parsed: Any, repeated: bool, counts: dict[str, int]) -> bool:
 
 
 def _is_wide(body: Any) -> bool:
-    """True if what is repeated matches a letter and a dot, or more than one character at a time."""
+    """Returns whether the repeated part matches a letter, or is not a single character class."""
     try:
         text = re.compile(_source(body)) if len(body) == 1 else None
     except NotImplementedError:

@@ -1,4 +1,4 @@
-"""Between a plain PEFT LoRA and a LoRA-P adapter: the same numbers under other names, with another meaning."""
+"""Converts between a plain PEFT LoRA and a LoRA-P adapter: same weights, other names, different meaning."""
 
 import json
 import os
@@ -34,19 +34,26 @@ _NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "none", "")
 def from_lora(lora: str | Path, output: str | Path) -> str:
     """Writes a LoRA-P adapter with the weights of a plain PEFT LoRA; returns its fingerprint.
 
-    The meaning changes: the LoRA was trained to act on every token, and now acts on prompt tokens alone.
+    The meaning changes: the LoRA was trained to act on every token; LoRA-P acts on prompt tokens only.
 
+    Args:
+        lora: a directory with adapter_config.json and adapter_model.safetensors
+        output: the directory of the new adapter; created if it does not exist
     Raises:
-        AdapterError: no LoRA, or one whose options a LoRA-P adapter cannot express. Nothing is written.
+        AdapterError: not a LoRA, or one with options that LoRA-P does not have. Nothing is written.
+        OSError: the files cannot be written.
     """
     return save_adapter(output, *read_lora(lora))
 
 
 def read_lora(lora: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Returns a plain PEFT LoRA as the config and the weights of a LoRA-P adapter.
+    """Returns config and tensors of a LoRA-P adapter with the weights of a plain PEFT LoRA.
 
+    Args:
+        lora: a directory with adapter_config.json and adapter_model.safetensors
+    Returns: the config, and the tensors by their names in a PreFT file; dtypes and shapes are the LoRA's.
     Raises:
-        AdapterError: no LoRA, or one whose options a LoRA-P adapter cannot express.
+        AdapterError: not a LoRA, or one with options that LoRA-P does not have.
     """
     directory = Path(lora)
     config = parse_json(read_limited(directory / CONFIG_NAME, MAX_CONFIG_BYTES), str(directory / CONFIG_NAME))
@@ -69,7 +76,7 @@ def read_lora(lora: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             faults.append(f"tensor {name[:100]}")
         tensors[f"{stem}.preft_{leaf[-1]}"] = tensor
     if faults:
-        raise AdapterError(f"{directory}: LoRA-P cannot express {'; '.join(faults[:20])}")
+        raise AdapterError(f"{directory}: LoRA-P does not support {'; '.join(faults[:20])}")
     values: dict[str, Any] = {name: config[name] for name in _COPIED if config.get(name) is not None}
     for name, value in values.items():
         values[name] = tuple(value) if isinstance(value, list) else value
@@ -82,15 +89,19 @@ def read_lora(lora: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
 def to_lora(adapter: str | Path, output: str | Path) -> None:
     """Writes a plain PEFT LoRA with the weights of a LoRA-P adapter.
 
-    The meaning changes: whoever loads it applies it to every token.
+    The meaning changes: a plain LoRA acts on every token.
 
+    Args:
+        adapter: the directory of a LoRA-P adapter
+        output: the directory of the LoRA; created if it does not exist
     Raises:
-        AdapterError: not an adapter, or of another method than lora. Nothing is written.
+        AdapterError: not an adapter, or one of another method than lora. Nothing is written.
+        OSError: the files cannot be written.
     """
     source = load_adapter(adapter)
     config = source.config
     if config.method != "lora":
-        raise AdapterError(f"{adapter} has method {config.method}: only lora has a plain LoRA of the same weights")
+        raise AdapterError(f"{adapter} has method {config.method}: only lora can be converted to a plain LoRA")
     tensors = {
         name.replace(".preft_A", ".lora_A.weight").replace(".preft_B", ".lora_B.weight"): tensor.contiguous()
         for name, tensor in source.tensors.items()

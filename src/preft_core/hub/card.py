@@ -62,12 +62,12 @@ model = AutoPeftModelForCausalLM.from_pretrained({place})"""
 
 
 def read_card(file: Path, name: str | None = None) -> str | None:
-    """Returns the text of a card whose metadata can be read, None if the file is not there.
+    """Returns the text of a card, None if there is no file. Checks that its metadata can be read.
 
     Args:
-        name: what an error calls the file
+        name: of the file, for the error; None uses its path
     Raises:
-        ValueError: the file cannot be read, is not UTF-8, or its metadata are no YAML table.
+        ValueError: the file cannot be read or is not UTF-8, or its metadata is not a YAML table.
     """
     name = name or str(file)
     try:
@@ -75,7 +75,7 @@ def read_card(file: Path, name: str | None = None) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} cannot be read: {error}; write it in UTF-8, or take it away") from error
+        raise ValueError(f"{name} cannot be read: {error}; save it as UTF-8, or delete it") from error
     _parsed(text, name)
     return text
 
@@ -99,17 +99,17 @@ def model_card(
     facts: Mapping[str, Any] | None = None,
     tags: Iterable[str] = (),
 ) -> str:
-    """Returns the card of an adapter, with valid Hub metadata.
+    """Returns the model card of an adapter, with valid Hub metadata.
 
     Args:
-        existing: a card whose own text and metadata are kept; our part of it is renewed
-        repository: its id, where it is known
+        existing: a card whose text and metadata are kept; the part between the preft markers is replaced
+        repository: "org/name", if known
         subfolder: of the repository, where the adapter's files are
         license: of the base model, as the Hub spells it
-        facts: lines for the table, such as training data and metrics
+        facts: rows for the table, such as training data and metrics
         tags: further ones, such as those of the trainer; a tag that names a base model by a path is left out
     Raises:
-        ValueError: an existing card whose metadata are no YAML table.
+        ValueError: an existing card whose metadata is not a YAML table.
     """
     card = _parsed(existing, CARD_NAME) if existing else ModelCard.from_template(ModelCardData())
     text = card.text if existing else ""
@@ -156,13 +156,13 @@ def _parsed(text: str, name: str) -> ModelCard:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"the metadata of {name}, between --- and ---, are no YAML table of a model card: {reason}; mend them, or "
-            "take them away"
+            f"the metadata of {name}, between --- and ---, is not a YAML table of a model card: {reason}; correct or "
+            "delete it"
         ) from error
 
 
 def _base(adapter: Adapter) -> str | None:
-    """Returns the base model's id; a path on somebody's machine is nothing to publish."""
+    """Returns the base model's Hub id, None for a local path, which is not published."""
     base = adapter.config.base_model_name_or_path
     return base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
 

@@ -1,4 +1,4 @@
-"""Adapters to the Hub and back: checked before they leave, checked when they arrive, one commit or nothing."""
+"""Uploads and downloads adapters: checked before a push and after a pull, in one commit or none."""
 
 import os
 import shutil
@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from preft_core.format.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, load_adapter, publish_files
+from preft_core.format.adapter import CONFIG_NAME, WEIGHTS_NAME, AdapterError, load_adapter
 from preft_core.format.config import HubError
-from preft_core.format.staging import staging_in
+from preft_core.format.staging import publish_files, staging_in
 from preft_core.hub.card import CARD_NAME, model_card, read_card
 from preft_core.hub.source import TRANSPORT_ERRORS, AdapterSource, find_adapter, hub_id
 from preft_core.hub.workers import worker_threads
@@ -29,7 +29,14 @@ from preft_core.hub.workers import worker_threads
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push made: the commit, and the pull request that holds it if one was asked for."""
+    """The result of a push.
+
+    Attributes:
+        repository: "org/name"
+        commit: its hash
+        url: of the commit
+        pull_request: its URL if one was requested, else None
+    """
 
     repository: str
     commit: str
@@ -39,7 +46,14 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What became of one adapter: its place and commit, or the error."""
+    """The result of one pull.
+
+    Attributes:
+        name: as given
+        location: a directory, or "org/name@commit"; as given if the pull failed
+        directory: of the adapter's files, None if the pull failed
+        error: the message, None if the pull succeeded
+    """
 
     name: str
     location: str
@@ -59,19 +73,21 @@ def push_adapter(
     commit_message: str = "Upload prefill-only adapter",
     facts: Mapping[str, Any] | None = None,
 ) -> Pushed:
-    """Checks a saved adapter and makes one commit of its two files and a model card.
+    """Checks a saved adapter and uploads its two files and a model card in one commit.
 
     Args:
-        directory: of the adapter. A README.md in it, or one in the repository, keeps its own text
-        repo_id: "org/name", made if it does not exist; private says how
+        directory: of the adapter. The text of a README.md there, or in the repository, is kept
+        repo_id: "org/name"; created if it does not exist
+        token: of huggingface_hub; None uses the saved one, False none
+        private: visibility of a new repository; None uses the account's default
         revision, create_pr, commit_message: as in huggingface_hub
         subfolder: of the repository, for the adapter's files
-        facts: lines for the card's table, such as training data and metrics
+        facts: rows for the card's table, such as training data and metrics
     Raises:
-        AdapterError: not an adapter, or one without a fingerprint that fits. Nothing was sent.
-        ValueError: a card that cannot be read. There is no commit; if it is the folder's, nothing was sent.
+        AdapterError: not an adapter, or a fingerprint that does not match. Nothing was sent.
+        ValueError: a card that cannot be read. There is no commit; if it is the directory's, nothing was sent.
         HfHubHTTPError: the Hub refused. There is no commit.
-        HubError: the Hub cannot be reached. There is no commit, unless its answer was what got lost.
+        HubError: the Hub cannot be reached. There is no commit, unless only its response was lost.
     """
     source = Path(directory)
     adapter = load_adapter(source)
@@ -103,14 +119,16 @@ def push_adapter(
 def pull_adapter(
     location: str, output: str | os.PathLike[str] | None = None, **options: Any
 ) -> tuple[AdapterSource, Path]:
-    """Downloads an adapter, checks it, and returns its source, pinned to a commit, and its directory.
+    """Downloads and checks an adapter; returns its source, pinned to a commit, and its directory.
 
     Args:
-        location: "org/name" or "org/name@revision", or a directory
-        output: a directory to put a copy into, in one step; without it the adapter stays in the Hub's cache
-        options: token, cache_dir, local_files_only
+        location: "org/name", "org/name@revision", or a directory
+        output: a directory that the adapter is copied into atomically; None leaves it in the Hub's cache
+        options: token, cache_dir, local_files_only of huggingface_hub
     Raises:
-        AdapterError: it cannot be had, or the format does not allow it. The output is as it was.
+        AdapterError: it cannot be downloaded, or the format does not allow it. The output is unchanged.
+        HubError: the same, where trying again later may help.
+        OSError: the output cannot be written. It is unchanged.
     """
     source = find_adapter(location, **options)
     directory = source.fetch()
@@ -122,7 +140,7 @@ def pull_adapter(
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(directory / name, staging / name)
         if load_adapter(staging).fingerprint != adapter.fingerprint:
-            raise AdapterError(f"{location} changed while it was copied: pull it again")
+            raise AdapterError(f"{location} changed during the copy: pull it again")
         publish_files(staging, target)
     return source, target
 
@@ -135,36 +153,37 @@ def pull_adapters(
     progress: Callable[[Pulled], None] = lambda pulled: None,
     **options: Any,
 ) -> list[Pulled]:
-    """Pulls many adapters at once. One that fails leaves the others alone; what is there already is not fetched again.
+    """Pulls many adapters in parallel. A failed pull does not affect the others; cached commits are not fetched again.
 
-    Ctrl-C ends it when the downloads that run have ended.
+    Ctrl-C cancels pulls that have not started and waits for the others.
 
     Args:
-        adapters: name -> place, as in a manifest
-        output: a directory with one folder per name; a directory among the places is copied into it
-        max_workers: downloads at once
-        progress: called when one has ended
-    Returns:
-        in the order of adapters.
+        adapters: name -> location, as in a manifest
+        output: a directory for one folder per name; local directories are copied into it too. None leaves the
+            adapters in the Hub's cache
+        max_workers: parallel pulls, 1 or more
+        progress: called after each pull, in this thread
+        options: token, cache_dir, local_files_only of huggingface_hub
+    Returns: one result per adapter, in the order of adapters.
     Raises:
-        ValueError: max_workers below 1, or a name that is no folder in output. Nothing was pulled.
+        ValueError: max_workers below 1, or a name that is not a folder inside output. Nothing was pulled.
     """
     if max_workers < 1:
-        raise ValueError(f"max_workers is {max_workers}: 1 or more")
+        raise ValueError(f"max_workers is {max_workers}: allowed: 1 or more")
     outside = [name for name in adapters if not name or Path(name).is_absolute() or ".." in Path(name).parts]
     if outside and output is not None:
-        raise ValueError(f"names that are no folder in {output}: {', '.join(map(repr, outside))}; name them otherwise")
+        raise ValueError(f"names that are not a folder inside {output}: {', '.join(map(repr, outside))}; rename them")
 
-    def pull(name: str, place: str) -> Pulled:
+    def pull(name: str, location: str) -> Pulled:
         try:
-            source, directory = pull_adapter(place, None if output is None else Path(output) / name, **options)
+            source, directory = pull_adapter(location, None if output is None else Path(output) / name, **options)
         except (AdapterError, OSError) as error:
-            return Pulled(name, place, None, str(error))
+            return Pulled(name, location, None, str(error))
         return Pulled(name, source.location, directory, None)
 
     found: dict[str, Pulled] = {}
     with worker_threads(max_workers) as threads:
-        tasks = [threads.submit(pull, name, place) for name, place in adapters.items()]
+        tasks = [threads.submit(pull, name, location) for name, location in adapters.items()]
         for task in as_completed(tasks):
             done = task.result()
             found[done.name] = done
@@ -173,7 +192,10 @@ def pull_adapters(
 
 
 def pinned(pulled: Sequence[Pulled]) -> dict[str, str]:
-    """Returns name -> place for a manifest: Hub ids at the commits that were found, directories as absolute paths."""
+    """Returns name -> location for a manifest: Hub ids at the pulled commits, directories as absolute paths.
+
+    Failed pulls are left out.
+    """
     return {
         one.name: one.location if hub_id(one.location) else os.path.abspath(one.location)
         for one in pulled
@@ -183,27 +205,28 @@ def pinned(pulled: Sequence[Pulled]) -> dict[str, str]:
 
 @contextmanager
 def _connection(repo_id: str) -> Iterator[None]:
-    """What the Hub answers is raised as it is; a connection that broke is said in our words."""
+    """Raises HubError where the connection to the Hub breaks; the Hub's own errors pass through."""
     try:
         yield
     except HfHubHTTPError:
         raise
     except TRANSPORT_ERRORS as error:
         raise HubError(
-            f"{repo_id}: the connection to the Hub broke: {error}; look whether the commit is there, and push again"
+            f"Could not push to {repo_id}: the connection to the Hub broke ({error}); check whether the commit "
+            "exists, then push again"
         ) from error
 
 
 def _card_of(repo_id: str, file: str, revision: str | None, token: str | bool | None) -> str | None:
-    """Returns the repository's own card, None if it has none. Not from the cache: an older card is another's loss."""
+    """Returns the repository's card, None if it has none. Bypasses the cache: the push overwrites the newest card."""
     with tempfile.TemporaryDirectory(prefix="preft-card-") as folder:
         try:
             found = hf_hub_download(repo_id, file, revision=revision, token=token, cache_dir=folder)
         except LocalEntryNotFoundError as error:
-            # huggingface_hub's word for a Hub that did not answer, and an EntryNotFoundError as well
+            # raised by huggingface_hub when the Hub does not answer; it is an EntryNotFoundError too
             raise HubError(
-                f"{file} of {repo_id} cannot be read, whose own text would be lost, so there is no commit: "
-                f"{error.__cause__ or error}; push again when the Hub answers"
+                f"Could not push to {repo_id}: its {file}, whose text is kept, cannot be read "
+                f"({error.__cause__ or error}); nothing was committed, try again when the Hub answers"
             ) from error
         except EntryNotFoundError:
             return None
@@ -211,7 +234,7 @@ def _card_of(repo_id: str, file: str, revision: str | None, token: str | bool | 
 
 
 def _license_of(base: str | None, token: str | bool | None) -> str | None:
-    """Returns the licence of the base model where the Hub knows it."""
+    """Returns the licence of the base model, None if the Hub does not have it."""
     if not base or Path(base).exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Where a served adapter comes from: a directory, or a repository on the Hub at one commit."""
+"""The source of an adapter: a directory, or a repository on the Hub at one commit."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -28,26 +29,27 @@ from preft_core.hub.workers import worker_threads
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _COMMIT = re.compile("[0-9a-f]{40}")
-# huggingface_hub lets its transport's errors through: requests before 1.0, then httpx, then httpx2
+# huggingface_hub does not wrap the errors of its transport: requests before 1.0, then httpx, then httpx2
 _TRANSPORTS = [find_spec(name) and import_module(name) for name in ("httpx2", "httpx", "requests")]
 TRANSPORT_ERRORS = tuple(
     getattr(module, "HTTPError" if hasattr(module, "TransportError") else "RequestException")
     for module in _TRANSPORTS
     if module is not None
 )
-# what the Hub does not have, or does not show
+# missing on the Hub, or not accessible
 _MISSING = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError)
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter whose config was read and whose weights are still where they are.
+    """An adapter whose config was read and whose weights were not.
 
     Attributes:
         location: a directory, or "org/name@commit"
-        options: token, cache_dir, local_files_only for the Hub; not in repr, which goes into logs
-        directory: absolute, None on the Hub: what was found as a directory is never asked for on the Hub when it is
-            gone, where "adapters/tone" may be a stranger's
+        config: as read
+        options: token, cache_dir, local_files_only for the Hub; not in repr, which may be logged
+        directory: absolute, None on the Hub. A directory that is deleted later is never looked up on the Hub, where
+            "adapters/tone" may belong to someone else
     """
 
     location: str
@@ -56,10 +58,11 @@ class AdapterSource:
     directory: Path | None = None
 
     def fetch(self) -> Path:
-        """Returns the directory of the adapter's files; downloads the weights if they are on the Hub and in no cache.
+        """Returns the directory of the adapter's files; downloads the weights if they are not in the Hub's cache.
 
         Raises:
-            AdapterError: they cannot be had, or have more bytes than is read; HubError where another time may help.
+            AdapterError: they cannot be downloaded, or are larger than 16 GiB.
+            HubError: the same, where trying again later may help.
         """
         if self.directory is not None:
             return self.directory
@@ -67,18 +70,21 @@ class AdapterSource:
         return _download(name, commit, WEIGHTS_NAME, MAX_FILE_BYTES, self.options).parent
 
     def load(self) -> Adapter:
-        """Returns the adapter, checked; downloads its weights first if they are on the Hub and in no cache.
+        """Returns the checked adapter; downloads its weights if they are not in the Hub's cache.
 
         Raises:
-            AdapterError: it cannot be had, or the format does not allow it.
+            AdapterError: it cannot be downloaded, or the format does not allow it.
+            HubError: the same, where trying again later may help.
         """
         return load_adapter(self.fetch())
 
     def header(self) -> dict[str, TensorInfo]:
-        """Returns what the weights' file says of its tensors, without downloading them: two requests for byte ranges.
+        """Returns dtype, shape and offsets of the tensors on the Hub, by name: two range requests, no download.
 
         Raises:
-            AdapterError: it cannot be had, or the format does not allow it.
+            AdapterError: it cannot be downloaded, or the format does not allow it.
+            HubError: the same, where trying again later may help.
+            ValueError: the source is a directory.
         """
         if self.directory is not None:
             raise ValueError(f"{self.location} is a directory: use read_header")
@@ -94,45 +100,50 @@ class AdapterSource:
 
 
 def find_adapter(location: str | os.PathLike[str], **options: Any) -> AdapterSource:
-    """Returns the source of an adapter, having read its config. A Hub revision is pinned to the commit found now.
+    """Reads the config of an adapter and returns its source. A Hub revision is pinned to its current commit.
 
     Args:
-        location: a directory, "org/name" or "org/name@revision". What exists as a directory is one
-        options: token, cache_dir, local_files_only for the Hub
+        location: a directory, "org/name" or "org/name@revision". An existing directory takes precedence
+        options: token, cache_dir, local_files_only of huggingface_hub
     Raises:
         AdapterError: no such directory or repository, or a config that the format does not allow.
-        HubError: the Hub did not answer, or failed.
+        HubError: the Hub does not answer, or failed.
     """
     location = os.fspath(location)
     repository = hub_id(location)
     if repository is None:
         if not Path(location).is_dir():
             raise AdapterError(
-                f"{location!r} is no directory, and no Hub id of the form org/name or org/name@revision: give one of "
-                "them"
+                f"{location!r} is neither a directory nor a Hub id: give an existing directory, org/name or "
+                "org/name@revision"
             )
         return AdapterSource(location, read_config(Path(location)), options, Path(location).absolute())
     name, revision = repository
     config = _download(name, revision, CONFIG_NAME, MAX_CONFIG_BYTES, options)
-    # The cache keeps the files of a commit in a directory of its name.
+    # the cache keeps the files of a commit in a directory of that name
     return AdapterSource(f"{name}@{config.parent.name}", read_config(config), options)
 
 
 def hub_id(location: str) -> tuple[str, str | None] | None:
-    """Returns (org/name, revision) of a Hub id, None for anything else and for what exists as a path."""
+    """Returns (org/name, revision) of a Hub id; None for anything else.
+
+    Args:
+        location: "org/name" or "org/name@revision". An existing path is not a Hub id
+    Returns: the revision is None if it is omitted.
+    """
     match = _HUB_ID.fullmatch(location)
     return None if match is None or Path(location).exists() else (match[1], match[2])
 
 
 def same_place(location: str, known: str) -> bool:
-    """Whether a location is that of a known source; of one on the Hub it may leave the revision out."""
+    """Returns whether a location names a known source. A Hub id may omit the revision."""
     repository = hub_id(known)
     return location == known or (repository is not None and location == repository[0])
 
 
 @contextmanager
 def hub_errors(file: str, name: str, revision: str | None) -> Iterator[None]:
-    """Says in our words why a file of a repository cannot be had: HubError where another time may help."""
+    """Raises AdapterError if a file of a repository cannot be downloaded; HubError where trying again may help."""
     try:
         yield
     except (
@@ -145,7 +156,32 @@ def hub_errors(file: str, name: str, revision: str | None) -> Iterator[None]:
     ) as error:
         missing = isinstance(error, _MISSING) and not isinstance(error, LocalEntryNotFoundError)
         kind = AdapterError if missing else HubError
-        raise kind(f"{file} of {name}@{revision or 'main'} cannot be had from the Hub: {error}") from error
+        reason = _reason(error, file)
+        raise kind(f"Could not download {name}@{revision or 'main'}: {reason}") from error
+
+
+def _reason(error: Exception, file: str) -> str:
+    """Returns why a file could not be downloaded, and the next step."""
+    # huggingface_hub raises the first of these for a file that is not in its cache, whatever kept it from the Hub
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    match cause:
+        case None | OfflineModeIsEnabled():
+            return f"{file} is not in the cache and downloads are off (HF_HUB_OFFLINE or local_files_only)"
+        case GatedRepoError():
+            return "the repository is gated; request access on its page, then log in with `hf auth login`"
+        case RepositoryNotFoundError():
+            return "the Hub has no such repository, or your token cannot access it; check the name and the token"
+        case RevisionNotFoundError():
+            return "the repository has no such revision; check it"
+        case EntryNotFoundError():
+            return f"the repository has no {file}; check the name and the revision"
+        case HFValidationError():
+            return str(cause)
+        case HfHubHTTPError():
+            return f"the Hub returned an error ({' '.join(str(cause).split())}); try again later"
+        case _ if isinstance(cause, TRANSPORT_ERRORS):
+            return f"the Hub does not answer ({cause}); check the connection and try again"
+    return str(cause)
 
 
 def _download(name: str, revision: str | None, file: str, max_bytes: int, options: dict[str, Any]) -> Path:
@@ -155,21 +191,21 @@ def _download(name: str, revision: str | None, file: str, max_bytes: int, option
             try:
                 size = get_hf_file_metadata(url, token=options.get("token")).size
             except (*TRANSPORT_ERRORS, OfflineModeIsEnabled):
-                # no way to the Hub: hf_hub_download answers from its cache, or says so
+                # the Hub cannot be reached: hf_hub_download uses its cache, or raises
                 size = None
             if size is not None and size > max_bytes:
                 raise AdapterError(
-                    f"{file} of {name}@{revision or 'main'} has {size} bytes: at most {max_bytes} are read; nothing "
-                    "was downloaded"
+                    f"{file} of {name}@{revision or 'main'} has {size} bytes: the maximum is {max_bytes}; nothing was "
+                    "downloaded"
                 )
         path = Path(hf_hub_download(name, file, revision=revision, **options))
     if path.stat().st_size > max_bytes:
-        raise AdapterError(f"{path} has {path.stat().st_size} bytes: at most {max_bytes} are read")
+        raise AdapterError(f"{path} has {path.stat().st_size} bytes: the maximum is {max_bytes}")
     return path
 
 
 def _cached(name: str, revision: str | None, file: str, options: dict[str, Any]) -> bool:
-    """True for a file of a commit that is in the cache, for which nothing has to be asked."""
+    """Returns whether a file of a commit is in the cache, so that no request is needed."""
     if revision is None or not _COMMIT.fullmatch(revision):
         return False
     try:
@@ -191,15 +227,18 @@ def _bytes_of(api: HfApi, url: str, begin: int, end: int) -> bytes:
             if len(data) >= end - begin:
                 break
     if response.status_code != 206 or len(data) != end - begin:
-        raise AdapterError(f"{url}: the server did not answer with the bytes {begin} to {end} that were asked for")
+        raise AdapterError(f"{url}: the server did not return the requested bytes {begin} to {end}")
     return data
 
 
 def find_all(locations: Mapping[str, str], fetch: bool = False) -> dict[str, AdapterSource]:
-    """Returns a source for each name -> location, several looked up at once; with fetch, downloaded too.
+    """Returns the sources of many adapters by name, looked up in parallel.
 
+    Args:
+        locations: name -> location, as for `find_adapter`
+        fetch: downloads the weights too
     Raises:
-        AdapterError: adapters that cannot be had, all in one message.
+        AdapterError: adapters that cannot be found or downloaded, all in one message.
     """
 
     def find(item: tuple[str, str]) -> AdapterSource | str:
@@ -215,5 +254,5 @@ def find_all(locations: Mapping[str, str], fetch: bool = False) -> dict[str, Ada
         found = dict(zip(locations, threads.map(find, locations.items()), strict=True))
     faults = [fault for fault in found.values() if isinstance(fault, str)]
     if faults:
-        raise AdapterError("adapters that cannot be had: " + "; ".join(faults))
+        raise AdapterError("; ".join(faults))
     return {name: source for name, source in found.items() if isinstance(source, AdapterSource)}

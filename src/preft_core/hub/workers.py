@@ -1,4 +1,4 @@
-"""Threads for downloads, several at once, that do not outlive a Ctrl-C by more than what each is at."""
+"""Threads for parallel downloads. Ctrl-C cancels those that have not started."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def worker_threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Yields an executor and waits at the end for its tasks. An error, or Ctrl-C, drops those that have not begun.
+    """Yields an executor and waits for its tasks at the end. An error, or Ctrl-C, cancels tasks that have not started.
 
-    The executor's own `with` would run all of them first.
+    The executor's own context manager would run all of them first.
     """
     threads = ThreadPoolExecutor(num_threads)
     try:

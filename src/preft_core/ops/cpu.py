@@ -1,4 +1,4 @@
-"""The grouped ops as few large matrix products: the way on a CPU, and on devices without Triton."""
+"""The grouped ops as a few large matrix products: for CPUs, and for devices without Triton."""
 
 from functools import partial
 
@@ -11,8 +11,9 @@ from preft_core.rule.tokens import Segments
 MIN_SPANS_FOR_BMM = 4
 MAX_RANK_FOR_BMM = 32
 MIN_ROWS_PER_RUN = 16
-"""Measured on two cores, float32, 576 x 1536 and 1536 x 576: from 4 spans and up to rank 32 one bmm takes 0.70 to 0.85
-of the time of a loop over spans, else 1.0 to 1.4 of it. Gathering rows pays below about 16 rows a run."""
+"""Measured on two cores, float32, 576 x 1536 and 1536 x 576: with 4 spans or more and rank 32 or less, one bmm takes
+0.70 to 0.85 of the time of a loop over spans; otherwise 1.0 to 1.4. Gathering rows pays off below about 16 rows per
+run."""
 
 
 def add_lora_(
@@ -54,16 +55,16 @@ def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor
 
 
 def _even(segments: Segments, rank: int) -> tuple[int, int, Tensor] | None:
-    """Returns Segments.even where one batched product over it is the faster way."""
+    """Returns `Segments.even` where one batched product is faster than a loop, else None."""
     spans = segments.spans
     if spans is None or len(spans) < MIN_SPANS_FOR_BMM or rank > MAX_RANK_FOR_BMM:
         return None
-    # Neighbours of one slot would be read once each.
+    # spans that `runs` joins would read their slot's weights once each
     return segments.even if segments.runs == spans else None
 
 
 def _runs(segments: Segments) -> list[tuple[slice | Tensor, int]]:
-    """Returns what to loop over: consecutive rows of a slot, or, where these are short, all rows of a slot."""
+    """Returns what to loop over: runs of consecutive rows, or, where runs are short, all rows of each slot."""
     runs = segments.runs
     if runs is not None and sum(run.end - run.begin for run in runs) >= MIN_ROWS_PER_RUN * len(runs):
         return [(slice(run.begin, run.end), run.slot) for run in runs]

@@ -1,4 +1,50 @@
-"""The two Triton kernels of the grouped ops: what each launch computes. `triton` says when and with what."""
+"""The two Triton kernels of the grouped ops. `triton` launches them.
+
+Arguments come in the same order in both: pointers, numbers that may differ at every launch, strides (in elements),
+sizes, constants. A tile is a row (first, count, slot) of `Segments.tiles`: it covers the rows
+`rows[first : first + count]` of the batch, all of one slot. A tile with count 0 is unused.
+
+shrink_kernel: writes A x for the rows of each tile, in SPLIT parts whose sum is the result.
+
+        for first, count, slot in tiles:
+            x_tile = x[rows[first : first + count]]                                        # (count, D)
+            for p in range(SPLIT):
+                low[p, first : first + count] = x_tile[:, cut[p]] @ a[slot][:, cut[p]].T   # (count, C), float32
+
+    cut[p] are the blocks p, p + SPLIT, p + 2 SPLIT, ... of BLOCK_D columns. Grid: (tiles, blocks of C, SPLIT).
+
+    Args:
+        x_ptr: (T, D = width), any strides
+        a_ptr: (S, C = num_columns, D), contiguous within a slot. C is L * R: layers that share x lie one below the
+            other
+        low_ptr: (SPLIT, rows, C), float32, contiguous
+        rows_ptr, tiles_ptr: int32, of `Segments`
+        TILE_ROWS: most rows of a tile
+        BLOCK_C, BLOCK_D: columns of low per program, columns of x per step
+        WIDEN: converts the operands to float32 before the product
+
+expand_kernel: adds B (low + bias) to the output rows of each tile, for each of the NUM_PARTS layers that share low.
+
+        for first, count, slot in tiles:
+            row, low_tile = rows[first : first + count], low[:, first : first + count].sum(0)    # (count, L * R)
+            for l, columns in enumerate(the column slices of width_0, width_1, width_2):
+                output[row][:, columns] += (low_tile[:, l * R : (l + 1) * R] + bias[slot]) @ b[slot, columns].T
+
+    Grid: one dimension, tiles * spans, where a span is NUM_BLOCKS * BLOCK_N columns of one layer.
+
+    Args:
+        output_ptr: (T, N), any strides; N is the sum of the widths
+        low_ptr: (split, rows, L * R), float32, contiguous, as `shrink_kernel` writes it
+        b_ptr: (S, N, R), contiguous within a slot
+        bias_ptr: (S, R); any pointer without HAS_BIAS
+        rows_ptr, tiles_ptr: int32, of `Segments`
+        width_0, width_1, width_2: output columns of each layer, 0 from NUM_PARTS on
+        RANK, BLOCK_R: R, and R padded to what `tl.dot` takes
+        TILE_ROWS: most rows of a tile
+        BLOCK_N, NUM_BLOCKS, STAGES: output columns per step, steps per program, steps that are loaded ahead
+        WIDEN: multiplies in float32; otherwise in b's dtype
+        ADDS: adds to the output; otherwise overwrites it
+"""
 
 import triton
 import triton.language as tl
@@ -6,6 +52,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile(pointer):
+    """Returns first, count and slot of a tile. first and slot are int64: they are multiplied by strides."""
     return tl.load(pointer).to(tl.int64), tl.load(pointer + 1), tl.load(pointer + 2).to(tl.int64)
 
 
@@ -16,10 +63,10 @@ def shrink_kernel(
     low_ptr,
     rows_ptr,
     tiles_ptr,
+    stride_low_part,
     stride_x_row,
     stride_x_column,
     stride_a_slot,
-    stride_low_part,
     width,
     num_columns,
     TILE_ROWS: tl.constexpr,
@@ -28,6 +75,7 @@ def shrink_kernel(
     SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    """Writes A x for the rows of each tile, in SPLIT parts. See the module docstring."""
     first, count, slot = _tile(tiles_ptr + tl.program_id(0) * 3)
     if count == 0:
         return
@@ -53,8 +101,8 @@ def shrink_kernel(
 
 
 @triton.jit
-def _place_of_block(block, width_0, width_1, width_2, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    # the block's layer, the first column of this layer in the output, its width, the block's number in the layer
+def _locate(block, width_0, width_1, width_2, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns a block's layer, the first output column of that layer, its width, and the block's index within it."""
     part = block * 0
     begin = block * 0
     width = width_0
@@ -77,6 +125,7 @@ def _place_of_block(block, width_0, width_1, width_2, NUM_PARTS: tl.constexpr, B
 
 @triton.jit
 def _sum_of_parts(pointers, mask, stride, split):
+    """Returns the sum of split tensors that lie stride elements apart, added in order."""
     total = tl.load(pointers, mask=mask, other=0.0)
     for i in range(1, split):
         total += tl.load(pointers + i * stride, mask=mask, other=0.0)
@@ -97,7 +146,6 @@ def expand_kernel(
     stride_output_column,
     stride_b_slot,
     stride_bias_slot,
-    stride_low_row,
     width_0,
     width_1,
     width_2,
@@ -112,17 +160,18 @@ def expand_kernel(
     WIDEN: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    # neighbours in the grid work on neighbouring columns, so that rows are read and written in long runs
+    """Adds B (low + bias) to the output rows of each tile. See the module docstring."""
+    # neighbouring programs take neighbouring columns, so that rows are read and written in long runs
     span = NUM_BLOCKS * BLOCK_N
     spans = tl.cdiv(width_0, span) + tl.cdiv(width_1, span) + tl.cdiv(width_2, span)
     first, count, slot = _tile(tiles_ptr + tl.program_id(0) // spans * 3)
     if count == 0:
         return
-    part, begin, width, place = _place_of_block(tl.program_id(0) % spans, width_0, width_1, width_2, NUM_PARTS, span)
+    part, begin, width, index = _locate(tl.program_id(0) % spans, width_0, width_1, width_2, NUM_PARTS, span)
     t = tl.arange(0, TILE_ROWS)
     in_tile = t < count
     r = tl.arange(0, BLOCK_R)
-    low_rows = low_ptr + (first + t[:, None]) * stride_low_row + part * RANK + r[None, :]
+    low_rows = low_ptr + (first + t[:, None]) * (NUM_PARTS * RANK) + part * RANK + r[None, :]
     low = _sum_of_parts(low_rows, in_tile[:, None] & (r[None, :] < RANK), stride_low_part, split)
     if HAS_BIAS:
         low += tl.load(bias_ptr + slot * stride_bias_slot + r, mask=r < RANK, other=0.0).to(tl.float32)[None, :]
@@ -131,7 +180,7 @@ def expand_kernel(
     row = tl.load(rows_ptr + first + t, mask=in_tile, other=0).to(tl.int64)
     b_rows, output_rows = b_ptr + slot * stride_b_slot + r[:, None], output_ptr + row[:, None] * stride_output_row
     for i in tl.range(0, NUM_BLOCKS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        n = place * span + i * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = index * span + i * BLOCK_N + tl.arange(0, BLOCK_N)
         in_width = n < width
         column = (begin + n).to(tl.int64)
         b = tl.load(b_rows + column[None, :] * RANK, mask=in_width[None, :] & (r[:, None] < RANK), other=0.0)

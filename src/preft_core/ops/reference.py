@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the specification that faster versions are compared with.
 
-The updates of one adapter are differentiable and serve training; `add_..._` change their output in place.
+The updates of one adapter are differentiable and used in training. `add_lora_` and `add_direft_` work in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ def lora_update(x_TD: Tensor, a_RD: Tensor, b_NR: Tensor, scaling: float) -> Ten
         update = scaling * (x @ A.T) @ B.T
 
     Args:
-        x_TD: the layer's input, (..., D), floating
+        x_TD: (..., D), floating point, the layer's input
         a_RD: (R, D), dtype of x
         b_NR: (N, R), dtype of x
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA
-    Returns: (..., N), a new tensor.
+    Returns: (..., N), a new tensor in x's dtype.
     Source: arXiv 2106.09685, section 4.1; applied to prefill tokens only in arXiv 2605.14217.
     """
     return linear(linear(x_TD, a_RD), b_NR) * scaling
@@ -34,12 +34,12 @@ def direft_update(h_TD: Tensor, a_RD: Tensor, b_DR: Tensor, bias_R: Tensor, scal
         update = scaling * (h @ A.T + bias) @ B.T
 
     Args:
-        h_TD: output of a decoder layer, (..., D), floating
-        a_RD: (R, D), the paper's W1
-        b_DR: (D, R), the transpose of the paper's W2
-        bias_R: (R,)
+        h_TD: (..., D), floating point, output of a decoder layer
+        a_RD: (R, D), dtype of h, the paper's W1
+        b_DR: (D, R), dtype of h, the transpose of the paper's W2
+        bias_R: (R,), dtype of h
         scaling: alpha / R, or alpha / sqrt(R) for rsLoRA; 1.0 in the paper
-    Returns: (..., D), a new tensor.
+    Returns: (..., D), a new tensor in h's dtype.
     Source: arXiv 2404.03592, section 3.2 (DiReFT).
     """
     return linear(linear(h_TD, a_RD, bias_R), b_DR) * scaling
@@ -51,11 +51,11 @@ def loreft_update(h_TD: Tensor, a_RD: Tensor, r_RD: Tensor, bias_R: Tensor) -> T
         Q = orthonormal_rows(R);  update = (h @ (A - Q).T + bias) @ Q
 
     Args:
-        h_TD: output of a decoder layer, (..., D), floating
-        a_RD: (R, D), the paper's W
-        r_RD: (R, D), full row rank; the paper's R after orthonormalisation
-        bias_R: (R,)
-    Returns: (..., D), a new tensor.
+        h_TD: (..., D), floating point, output of a decoder layer
+        a_RD: (R, D), dtype of h, the paper's W
+        r_RD: (R, D), dtype of h, full row rank; the paper's R after orthonormalisation
+        bias_R: (R,), dtype of h
+    Returns: (..., D), a new tensor in h's dtype.
     Source: arXiv 2404.03592, equation 2 (LoReFT).
     """
     q_RD = orthonormal_rows(r_RD)
@@ -65,23 +65,13 @@ def loreft_update(h_TD: Tensor, a_RD: Tensor, r_RD: Tensor, bias_R: Tensor) -> T
 def add_lora_(
     output_TN: Tensor, x_TD: Tensor, a_SLRD: Tensor, b_SNR: Tensor, widths: tuple[int, ...], segments: Segments
 ) -> None:
-    """Adds to each adapted row of a packed batch the LoRA update of its own slot; other rows are not touched.
+    """Adds to each adapted row of a packed batch the LoRA update of its own slot. See `preft_core.ops.add_lora_`.
 
         for row, slot in adapted rows:
             for l, columns in enumerate(the L slices of the N columns, of the given widths):
                 output[row, columns] += b[slot, columns] @ (a[slot, l] @ x[row])
 
     in float32, rounded once to output's dtype.
-
-    Args:
-        output_TN: (T, N), changed in place; any strides. Layers that share their input (q, k, v; gate, up) lie side
-            by side in it
-        x_TD: (T, D), the layers' input, dtype of output
-        a_SLRD: (S, L, R, D), dtype of output, contiguous within a slot
-        b_SNR: (S, N, R), dtype of output, contiguous within a slot, scaling folded in
-        widths: of the L layers, sum N
-        segments: of the T rows
-    Source: arXiv 2106.09685, section 4.1; grouped by adapter as in arXiv 2310.18547 (SGMV), rows of decode left out.
     """
     for rows, slot in _tiles(segments):
         x, output, begin = x_TD[rows].float(), output_TN[rows].float(), 0
@@ -101,17 +91,10 @@ def lora_linear(
     segments: Segments,
     add: Callable[..., None] = add_lora_,
 ) -> Tensor:
-    """Returns the output of layers that share an input, with the LoRA update of each adapted row's own slot.
-
-        output = x @ weight.T, then add_lora_(output, ...)
+    """Returns x @ weight.T with the LoRA updates added. See `preft_core.ops.lora_linear`.
 
     Args:
-        x_TD: (T, D), the layers' input
-        weight_ND: (N, D), the layers' weights one below the other, dtype of x
-        a_SLRD, b_SNR, widths, segments: as for `add_lora_`
-        add: what adds the updates, an `add_lora_`
-    Returns: (T, N), a new tensor in x's dtype.
-    Source: as `add_lora_`.
+        add: the `add_lora_` that adds the updates
     """
     output_TN = linear(x_TD, weight_ND)
     add(output_TN, x_TD, a_SLRD, b_SNR, widths, segments)
@@ -119,20 +102,12 @@ def lora_linear(
 
 
 def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor, segments: Segments) -> None:
-    """Adds to each adapted row of a packed batch the DiReFT update of its own slot; other rows are not touched.
+    """Adds to each adapted row of a packed batch the DiReFT update of its own slot. See `preft_core.ops.add_direft_`.
 
         for row, slot in adapted rows:
             hidden[row] += b[slot] @ (a[slot] @ hidden[row] + bias[slot])
 
-    in float32, rounded once to hidden's dtype. LoReFT is the same with A - Q, Q^T.
-
-    Args:
-        hidden_TD: (T, D), output of a decoder layer, changed in place; any strides
-        a_SRD: (S, R, D), dtype of hidden, contiguous within a slot
-        b_SDR: (S, D, R), dtype of hidden, contiguous within a slot, scaling folded in
-        bias_SR: (S, R), dtype of hidden
-        segments: of the T rows
-    Source: arXiv 2404.03592, section 3.2.
+    in float32, rounded once to hidden's dtype.
     """
     for rows, slot in _tiles(segments):
         hidden = hidden_TD[rows].float()
@@ -141,7 +116,7 @@ def add_direft_(hidden_TD: Tensor, a_SRD: Tensor, b_SDR: Tensor, bias_SR: Tensor
 
 
 def _tiles(segments: Segments) -> Iterator[tuple[Tensor, int]]:
-    """Returns (rows int64, slot) of each tile that is used. Waits for the device."""
+    """Yields (rows int64, slot) of each used tile. Synchronises with the device."""
     for first, count, slot in segments.tiles.tolist():
         if count:
             yield segments.rows[first : first + count].long(), slot

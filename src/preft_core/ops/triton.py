@@ -1,9 +1,12 @@
 """The grouped ops as Triton kernels, for CUDA devices. TRITON_INTERPRET=1 runs them on a CPU, slowly, for tests.
 
-Two launches per op. `shrink_kernel` reads each tile of rows once for all layers that share it and writes the R values
-of each layer and row, in float32; a long input is cut into parts whose sums are added in the next launch, in a fixed
-order, so results do not depend on timing. `expand_kernel` adds their product with B to the output in place, or writes
-it there for a base product that is added next. Rows that are in no tile, decode rows among them, cost nothing.
+Each op is two launches:
+
+    low = x[rows] @ A.T                     shrink_kernel: (rows, L * R), float32; x is read once for all L layers
+    output[rows] += (low + bias) @ B.T      expand_kernel: in place; or =, where the base product is added next
+
+A long input is split into parts, whose sums the second launch adds in a fixed order, so results do not depend on
+timing. Rows in no tile, such as decode rows, cost nothing.
 """
 
 import functools
@@ -35,8 +38,10 @@ def lora_linear(
 ) -> Tensor:
     """See `reference.lora_linear`. Where every row has an adapter, the base product is added to the updates.
 
-    The updates are then written, not read, added and written, and the matrix product reads them while it computes. In
-    bfloat16 they are rounded once more for that. float16 could not hold them all.
+        output = update;  output.addmm_(x, weight.T)
+
+    This saves one read of the output. In bfloat16 it rounds the updates once more. float16 takes the other way: an
+    update may exceed its range.
     """
     if x_TD.dtype not in (torch.bfloat16, torch.float32) or not segments.covers_all or x_TD.shape[0] == 0:
         return reference.lora_linear(x_TD, weight_ND, a_SLRD, b_SNR, widths, segments, add_lora_)
@@ -59,7 +64,7 @@ def _lora(
     output: Tensor, x: Tensor, a: Tensor, b: Tensor, widths: tuple[int, ...], segments: Segments, adds: bool
 ) -> None:
     if len(widths) > MAX_PARTS:
-        raise ValueError(f"{len(widths)} layers share an input: the kernel takes up to {MAX_PARTS}; call it for fewer")
+        raise ValueError(f"{len(widths)} layers share an input: the kernel takes up to {MAX_PARTS}; split the call")
     if segments.tiles.shape[0] == 0:
         return
     with _on(x.device):
@@ -69,7 +74,7 @@ def _lora(
 
 
 def _on(device: torch.device) -> Any:
-    """Returns what makes a device the one that Triton launches on: it takes the current one, whatever the tensors'."""
+    """Returns a context in which Triton launches on this device: it takes the current one, not that of the tensors."""
     return torch.cuda.device(device if device.type == "cuda" and device.index != torch.cuda.current_device() else -1)
 
 
@@ -79,7 +84,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def launch_of(x_TD: Tensor, num_parts: int, b_SNR: Tensor, num_tiles: int, tile_rows: int) -> Launch:
-    """Returns how an op is launched on so many tiles: x's dtype, device and width count, and the shape of b."""
+    """Returns the launch configuration of an op on num_tiles tiles; of x only dtype, device and width matter."""
     rank, width = b_SNR.shape[2], x_TD.shape[1]
     bytes_per_number = 4 if _widens(x_TD) else x_TD.element_size()
     return launch_for(
@@ -95,15 +100,15 @@ def launch_of(x_TD: Tensor, num_parts: int, b_SNR: Tensor, num_tiles: int, tile_
 
 
 def _widens(x: Tensor) -> bool:
-    """True where operands become float32: float16 sums could leave its range, and the interpreter has no bfloat16."""
+    """Returns whether operands become float32: float16 sums may overflow, and the interpreter has no bfloat16."""
     return INTERPRETED or x.dtype == torch.float16
 
 
 class _Kernel:
-    """A kernel whose compiled forms are found again by a key of ours.
+    """A kernel whose compiled forms are cached under our own key.
 
-    Triton looks at every argument of every launch to choose among them, which took a third of an op's time on the
-    host. A key says all that the choice depends on.
+    Triton inspects every argument at every launch to choose a form, which took a third of an op's host time. The key
+    holds everything that this choice depends on.
     """
 
     def __init__(self, function: Any):
@@ -116,9 +121,9 @@ class _Kernel:
         """Launches on the current device.
 
         Args:
-            key: device, dtypes, whether each pointer is a multiple of 16, every integer whose value Triton looks at,
+            key: device, dtypes, whether each pointer is a multiple of 16, every integer that Triton specialises on,
                 and every constant
-            arguments: all of the function's, constants among them
+            arguments: all of the function's, including constants
         """
         key = key, num_warps, num_stages
         kernel = self._compiled.get(key)
@@ -135,29 +140,14 @@ _SHRINK, _EXPAND = _Kernel(shrink_kernel), _Kernel(expand_kernel)
 
 def _shrink(x_TD: Tensor, a: Tensor, num_columns: int, segments: Segments, launch: Launch) -> Tensor:
     """Returns x @ a^T for the adapted rows, in parts: float32, (split, rows in `segments.rows`, C)."""
-    num_rows, width = segments.rows.shape[0], x_TD.shape[1]
-    low = torch.empty(launch.split, num_rows, num_columns, dtype=torch.float32, device=x_TD.device)
-    row_stride, column_stride = x_TD.stride()
-    slot_stride = a.stride(0)
+    low = torch.empty(launch.split, segments.rows.shape[0], num_columns, dtype=torch.float32, device=x_TD.device)
+    numbers = (*x_TD.stride(), a.stride(0), x_TD.shape[1], num_columns)
     constants = (segments.tile_rows, launch.block_columns, launch.block_in, launch.split, INTERPRETED)
     aligned = x_TD.data_ptr() % 16 == 0, a.data_ptr() % 16 == 0
     _SHRINK(
-        (x_TD.device, x_TD.dtype, aligned, row_stride, column_stride, slot_stride, width, num_columns, constants),
+        (x_TD.device, x_TD.dtype, aligned, numbers, constants),
         (segments.tiles.shape[0], -(-num_columns // launch.block_columns), launch.split),
-        (
-            x_TD,
-            a,
-            low,
-            segments.rows,
-            segments.tiles,
-            row_stride,
-            column_stride,
-            slot_stride,
-            num_rows * num_columns,
-            width,
-            num_columns,
-            *constants,
-        ),
+        (x_TD, a, low, segments.rows, segments.tiles, low.stride(0), *numbers, *constants),
         launch.num_warps,
         launch.num_stages,
     )
@@ -174,15 +164,13 @@ def _expand(
     launch: Launch,
     adds: bool,
 ) -> None:
-    rank, num_columns = b_SNR.shape[2], low.shape[2]
+    """Adds low @ b^T, with the bias in low, to the adapted rows of output; adds=False overwrites them."""
+    rank = b_SNR.shape[2]
     span = launch.block_out * launch.blocks_out
-    row_stride, column_stride = output_TN.stride()
     numbers = (
-        row_stride,
-        column_stride,
+        *output_TN.stride(),
         b_SNR.stride(0),
         0 if bias_SR is None else bias_SR.stride(0),
-        num_columns,
         *widths,
         *(0,) * (MAX_PARTS - len(widths)),
     )
@@ -199,23 +187,13 @@ def _expand(
         adds,
     )
     bias = b_SNR if bias_SR is None else bias_SR
+    tensors = (output_TN, low, b_SNR, bias, segments.rows, segments.tiles)
     aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in (output_TN, b_SNR, bias))
     _EXPAND(
         (output_TN.device, output_TN.dtype, aligned, numbers, constants),
-        # one dimension: the others hold no more than 65535
+        # one dimension: the other two are limited to 65535
         (sum(-(-width // span) for width in widths) * segments.tiles.shape[0], 1, 1),
-        (
-            output_TN,
-            low,
-            b_SNR,
-            bias,
-            segments.rows,
-            segments.tiles,
-            low.stride(0),
-            launch.split,
-            *numbers,
-            *constants,
-        ),
+        (*tensors, low.stride(0), launch.split, *numbers, *constants),
         launch.num_warps,
         1,
     )

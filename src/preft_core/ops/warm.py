@@ -1,4 +1,4 @@
-"""Compiles the kernels before a request needs them: a form of a kernel takes about a second, once per machine."""
+"""Compiles the kernels before a request needs them: each variant takes about a second, once per machine."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,14 +12,13 @@ from preft_core.rule.tokens import Segments
 
 
 def warm_up(weights: Iterable[Weights]) -> int:
-    """Runs the ops on a few rows of zeros in every form that a batch of these adapters can need. Changes no slot.
+    """Runs the ops on rows of zeros, in every variant that a batch with these weights can need. Changes no slot.
 
-    Inputs and outputs are contiguous and begin at multiples of 16 bytes, as a model's do; others compile when they
-    come.
+    Inputs and outputs are contiguous and 16-byte aligned, as a model's are; other variants compile on first use.
 
     Args:
-        weights: of all sites; one of each shape is enough, and the others are left out
-    Returns: how many ops were run.
+        weights: of all sites; one of each shape is run
+    Returns: the number of ops that were run.
     """
     kinds = {(one.a.shape[1:], one.b.shape[1:], one.widths, one.bias is None): one for one in weights}
     runs = [(one, segments) for one in kinds.values() for segments in _segments(one)]
@@ -34,7 +33,7 @@ def warm_up(weights: Iterable[Weights]) -> int:
 
 
 def _segments(weights: Weights) -> Iterator[Segments]:
-    """Yields tiles of one row each, of every size, as many as it takes for each launch that a batch can have."""
+    """Yields segments whose tiles have one row each: of every tile size, in every number that changes the launch."""
     like = weights.a.new_zeros(0, weights.a.shape[-1])
     for tile_rows in TILE_ROWS:
         seen = set()

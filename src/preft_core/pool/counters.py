@@ -1,18 +1,20 @@
-"""What a slot pool counts."""
+"""The counters of a slot pool."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Counters:
-    """What a pool has done since it was made.
+    """The activity of a pool since it was created.
 
     Attributes:
-        hits, loads: adapters asked for that were in a slot, or were copied into one
+        hits: requested adapters that were already in a slot
+        loads: requested adapters that were copied into a slot
         host_hits: loads that found a packed copy on the host
-        evictions: adapters that lost their slot to another
-        waits: requests that had to wait for slots, or for another's load
-        bytes_loaded, load_seconds: of all loads
+        evictions: adapters whose slot was given to another
+        waits: acquisitions that waited for slots or for another thread's load
+        bytes_loaded: bytes of all loads
+        load_seconds: wall time of all loads, seconds
     """
 
     hits: int = 0

@@ -1,4 +1,4 @@
-"""Where an adapter lies in a slot: one flat row of memory per adapter, with views for each place of a model."""
+"""The layout of an adapter in a slot: one flat row of memory per adapter, with views for each site of a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from preft_core.ops.weights import Weights
 from preft_core.orthonormal import orthonormal_rows
 
 RANKS = (8, 16, 32, 64, 128)
-"""Ranks of the slots. An adapter goes into the smallest that holds it, filled up with zeros, which change nothing."""
+"""The ranks of slots. An adapter goes into the smallest that fits, padded with zeros, which change nothing."""
 _ALIGNMENT = 64
 
 Kind = Literal["linear", "block"]
 
 
 class Bucket(NamedTuple):
-    """Slots of one kind and rank: "linear" for LoRA-P, "block" for DiReFT-P and LoReFT."""
+    """The slots of one kind and rank: "linear" for LoRA-P, "block" for DiReFT-P and LoReFT."""
 
     kind: Kind
     rank: int
@@ -33,15 +33,15 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a model where adapters act.
+    """A target of adapters in a model.
 
     Attributes:
         name: unique in the model
-        kind: "linear" (adds to a linear layer's output) or "block" (edits the output of a decoder layer)
+        kind: "linear" (adds to a linear layer's output) or "block" (edits a decoder layer's output)
         paths: module paths in the adapter's weight names. Several for linear layers that share their input and whose
-            outputs lie side by side in one tensor (q, k, v; gate, up); one otherwise
-        in_features: width of the input, D
-        widths: width of each path's output; their sum is N
+            outputs lie side by side in one tensor (q, k, v; gate, up); otherwise one
+        in_features: input width, D
+        widths: output width of each path; their sum is N
     """
 
     name: str
@@ -52,19 +52,22 @@ class Site:
 
     @property
     def out_features(self) -> int:
+        """The output width of all paths, N."""
         return sum(self.widths)
 
 
 def bucket_of(config: AdapterConfig) -> Bucket:
-    """Returns the bucket that an adapter goes into.
+    """Returns the bucket of an adapter: its kind, and the smallest rank of RANKS that fits.
 
+    Args:
+        config: method and r are used
     Raises:
         AdapterError: a rank above 128.
     """
     rank = next((rank for rank in RANKS if rank >= config.r), None)
     if rank is None:
         raise AdapterError(
-            f"r is {config.r}: slots hold ranks up to {RANKS[-1]}; serve this adapter alone (set_adapter), or retrain"
+            f"r is {config.r}: slots have ranks up to {RANKS[-1]}; serve this adapter alone (set_adapter), or retrain"
         )
     return Bucket("linear" if config.method == "lora" else "block", rank)
 
@@ -72,9 +75,13 @@ def bucket_of(config: AdapterConfig) -> Bucket:
 class Layout:
     """The layout of one adapter in a slot of a bucket.
 
+    Args:
+        sites: of the model; those of the bucket's kind are used
+        bucket: kind and rank of the slots
     Attributes:
+        bucket: as given
         sites: those of the bucket's kind
-        num_elements: of one slot
+        num_elements: elements of one slot
     """
 
     def __init__(self, sites: Iterable[Site], bucket: Bucket):
@@ -95,7 +102,12 @@ class Layout:
         return [*shapes, (rank,)] if site.kind == "block" else shapes
 
     def views(self, slab: Tensor) -> dict[str, Weights]:
-        """Returns views of a slab (slots, num_elements) by site name."""
+        """Returns the weights in a slab, by site name.
+
+        Args:
+            slab: (slots, num_elements)
+        Returns: views of slab, see `Weights`.
+        """
         found = {}
         for site in self.sites:
             parts = [
@@ -107,14 +119,18 @@ class Layout:
         return found
 
     def pack(self, adapter: Adapter, dtype: torch.dtype) -> Tensor:
-        """Returns the adapter as one slot's row, (num_elements,) on the CPU; zero where it has no weights.
+        """Returns the adapter as one slot's row; zero where it has no weights.
 
-        Scaling is folded into B in the adapter's own dtype or float32, whichever is wider, before rounding to dtype.
-        LoReFT becomes the DiReFT update with A - Q and Q^T, to which it is equal.
+        Scaling is folded into B in the adapter's dtype or float32, whichever is wider, before rounding to dtype.
+        LoReFT is packed as the equivalent DiReFT update, with A - Q and Q^T.
 
+        Args:
+            adapter: of this bucket
+            dtype: of the slots
+        Returns: (num_elements,), dtype, on the CPU, a new tensor.
         Raises:
-            AdapterError: weights for a module that is no site here, or of another shape, or that are not finite in
-                dtype. All faults in one message.
+            AdapterError: weights of a module that is not a site, of another shape, or not finite in dtype. All faults
+                of names and shapes in one message.
         """
         check_sites(
             adapter.config, {p: {k: tuple(t.shape) for k, t in m.items()} for p, m in _of(adapter)}, self.sites
@@ -142,14 +158,16 @@ class Layout:
 def check_sites(
     config: AdapterConfig, modules: Mapping[str, Mapping[str, tuple[int, ...]]], sites: Sequence[Site]
 ) -> None:
-    """Checks that every module of an adapter is a site and has its shapes.
+    """Checks that every module of an adapter is a site and has the site's shapes.
 
     Args:
+        config: kind and rank of the adapter
         modules: path -> leaf name -> shape
+        sites: of the model
     Raises:
         AdapterError: all faults in one message.
     """
-    places = {
+    features = {
         path: (site.in_features, width)
         for site in sites
         if site.kind == bucket_of(config).kind
@@ -157,10 +175,10 @@ def check_sites(
     }
     faults = []
     for path, leaves in modules.items():
-        if path not in places:
-            faults.append(f"{path} is no place that this pool was made for")
+        if path not in features:
+            faults.append(f"{path} is not a site of this pool")
             continue
-        width_in, width_out = places[path]
+        width_in, width_out = features[path]
         expected = {"preft_A": (config.r, width_in), "preft_R": (config.r, width_in)}
         expected |= {"preft_B": (width_out, config.r), "preft_bias": (config.r,)}
         faults += [
@@ -168,7 +186,7 @@ def check_sites(
             for leaf, shape in leaves.items()
             if tuple(shape) != expected[leaf]
         ]
-    raise_faults("the adapter does not fit this model", faults)
+    raise_faults("the adapter does not match this model", faults)
 
 
 def _of(adapter: Adapter) -> Iterable[tuple[str, dict[str, Tensor]]]:
@@ -176,7 +194,13 @@ def _of(adapter: Adapter) -> Iterable[tuple[str, dict[str, Tensor]]]:
 
 
 def factors(config: AdapterConfig, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns A (R, D), scaling * B (N, R), bias (R,) or None."""
+    """Returns the matrices of one module's update: y += B (A x + bias).
+
+    Args:
+        config: method and scaling
+        leaves: by leaf name, any floating-point dtype
+    Returns: A (R, D), scaling * B (N, R), and bias (R,) or None; in the leaves' dtype or float32, whichever is wider.
+    """
     wide = {leaf: t.to(torch.promote_types(t.dtype, torch.float32)) for leaf, t in leaves.items()}
     if config.method == "loreft":
         rows = orthonormal_rows(wide["preft_R"])

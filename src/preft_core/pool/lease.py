@@ -1,4 +1,4 @@
-"""A lease on adapters of a slot pool, and what names stand for."""
+"""A lease on adapters of a slot pool, and the errors about names and slots."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,22 @@ from preft_core.pool.layout import Bucket
 from preft_core.pool.slab import Entry
 
 BASE_NAME = "__base__"
-"""The name that stands for the base model, without an adapter."""
+"""The name of the base model without an adapter."""
 Idle = Callable[[], None] | None
-"""What a request for slots does every IDLE_S seconds while it waits."""
+"""Called every IDLE_S seconds while `SlotPool.acquire` waits."""
 IDLE_S = 0.2
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where an adapter lies while its lease lasts. The fingerprint is the key for KV that it makes."""
+    """The slot of an adapter for the duration of a lease.
+
+    Attributes:
+        name: of the adapter
+        bucket: of the slot
+        index: of the slot within its bucket
+        fingerprint: of the adapter; the key for KV computed with it
+    """
 
     name: str
     bucket: Bucket
@@ -25,7 +32,11 @@ class Slot:
 
 
 class Lease:
-    """Pinned adapters: `slots` by name. They cannot be evicted until `release`, or the end of the with block."""
+    """Pinned adapters, which cannot be evicted until `release` or the end of the with block.
+
+    Attributes:
+        slots: by adapter name
+    """
 
     def __init__(self, entries: Sequence[Entry], unpin: Callable[[Sequence[Entry]], None]):
         self._unpin = unpin
@@ -37,7 +48,7 @@ class Lease:
             self.slots[entry.name] = Slot(entry.name, entry.bucket, entry.index, entry.fingerprint)
 
     def release(self) -> None:
-        """Unpins. Call it when the last forward that reads the slots was started. A second call does nothing."""
+        """Unpins the adapters. Call it after the last forward that reads the slots is launched. Repeats are no-ops."""
         entries, self._entries = self._entries, []
         if entries:
             self._unpin(entries)
@@ -52,7 +63,7 @@ class Lease:
 
 
 def unknown_names(unknown: Sequence[str], known: Iterable[str], base: str = BASE_NAME) -> str:
-    """Returns the message for adapter names that nobody knows: the names, up to 20 that are known, and the base's."""
+    """Returns the error message for unknown adapter names; lists up to 20 known ones and the base's."""
     names = sorted(known)
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (
@@ -62,8 +73,8 @@ def unknown_names(unknown: Sequence[str], known: Iterable[str], base: str = BASE
 
 
 def too_many(needed: int, bucket: Bucket, num_slots: int) -> str:
-    """Returns the message for more adapters at once than there are slots."""
+    """Returns the error message for more adapters at once than there are slots."""
     return (
         f"{needed} adapters of {bucket} at once, and the pool has {num_slots} slots for them: use fewer adapters in "
-        "one batch, or make the pool with more slots"
+        "one batch, or create the pool with more slots"
     )

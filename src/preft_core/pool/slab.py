@@ -1,4 +1,4 @@
-"""What a slot pool is made of: entries of adapters, slabs of slots on the device, packed copies on the host."""
+"""The parts of a slot pool: entries of adapters, slabs of slots on the device, packed copies on the host."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,14 +14,18 @@ from preft_core.pool.layout import Bucket, Layout, Site
 
 @dataclass(eq=False)
 class Entry:
-    """An adapter that a pool knows.
+    """An adapter that is registered in a pool.
 
     Attributes:
+        name: unique in the pool
+        bucket: of its slot
+        source: returns the checked adapter
+        fingerprint: of its content, None until it is known
         index: its slot in the slab of its bucket, or None
         loading: a thread is copying it into its slot
-        pins: leases that hold it
+        pins: leases on it
         used: the pool's clock at its last use
-        removed: nobody can ask for it any more
+        removed: unregistered; only existing leases use it
     """
 
     name: str
@@ -36,9 +40,9 @@ class Entry:
 
 
 class Slab:
-    """The slots of one bucket: memory whose address stays, and who owns each slot.
+    """The slots of one bucket: memory at a fixed address, and the owner of each slot.
 
-    On a GPU a copy into a slot waits for the streams that may still read it, and a reader for the copy.
+    On a GPU, a copy into a slot waits for the streams that may still read it, and a reader waits for the copy.
     """
 
     def __init__(
@@ -53,11 +57,11 @@ class Slab:
         self._events: list[dict[int, Any]] = [{} for _ in range(num_slots)]
 
     def num_usable(self) -> int:
-        """Returns the slots that are empty or whose adapter may be evicted."""
+        """Returns the number of slots that are empty or whose adapter may be evicted."""
         return sum(owner is None or (owner.pins == 0 and not owner.loading) for owner in self.owners)
 
     def give(self, entry: Entry) -> bool:
-        """Gives the entry an empty slot, else that of the adapter unused for longest. Returns whether one was evicted.
+        """Assigns the entry an empty slot, or evicts the least recently used adapter. Returns whether one was evicted.
 
         At least one slot must be usable.
         """
@@ -73,25 +77,25 @@ class Slab:
         return victim is not None
 
     def vacate(self, entry: Entry) -> None:
-        """Takes the entry's slot back, if it has one."""
+        """Frees the entry's slot, if it has one."""
         if entry.index is not None:
             self.owners[entry.index] = None
             entry.index = None
 
     def write(self, index: int, row: Tensor) -> None:
-        """Copies a packed adapter into a slot, after everything that was started to read it."""
+        """Copies a packed adapter into a slot, after all work that was launched to read it."""
         self.order_after(index)
         self.memory[index].copy_(row, non_blocking=self._on_gpu)
         self.used(index, only=True)
 
     def order_after(self, index: int) -> None:
-        """Makes the current stream wait for what other streams have started on a slot."""
+        """Makes the current stream wait for the work that other streams launched on a slot."""
         if self._on_gpu:
             for event in self._events[index].values():
                 torch.cuda.current_stream(self.memory.device).wait_event(event)
 
     def used(self, index: int, only: bool = False) -> None:
-        """Notes that the current stream uses a slot up to this point; only: it has waited for the others."""
+        """Records that the current stream uses a slot up to this point. only: it has waited for the other streams."""
         if self._on_gpu:
             stream = torch.cuda.current_stream(self.memory.device)
             if only:
@@ -100,7 +104,7 @@ class Slab:
 
 
 class HostCopies:
-    """Packed adapters on the host, at most max_bytes of them; the least recently used goes first. Not thread-safe."""
+    """Packed adapters on the host, at most max_bytes; evicts the least recently used. Not thread-safe."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
@@ -108,13 +112,14 @@ class HostCopies:
         self._rows: OrderedDict[Entry, Tensor] = OrderedDict()
 
     def get(self, entry: Entry) -> Tensor | None:
+        """Returns an entry's row and marks it as recently used, or None."""
         row = self._rows.get(entry)
         if row is not None:
             self._rows.move_to_end(entry)
         return row
 
     def put(self, entry: Entry, row: Tensor) -> None:
-        """Keeps a row, in place of the one that another thread has read since, unless it is larger than max_bytes."""
+        """Stores a row, replacing one that another thread stored meanwhile. A no-op for a row above max_bytes."""
         self.drop(entry)
         if row.nbytes > self.max_bytes:
             return
@@ -124,6 +129,7 @@ class HostCopies:
             self.num_bytes -= self._rows.popitem(last=False)[1].nbytes
 
     def drop(self, entry: Entry) -> None:
+        """Deletes an entry's row, if there is one."""
         row = self._rows.pop(entry, None)
         if row is not None:
             self.num_bytes -= row.nbytes

@@ -1,7 +1,4 @@
-"""The slot pool: some adapters on the device at addresses that stay, recently used ones on the host, the rest on disk.
-
-A slot is pinned while a forward may read it, which for prefill-only adapters is until the prompt's last chunk has run.
-"""
+"""The slot pool: some adapters on the device, recently used ones on the host, the rest on disk."""
 
 import threading
 import time
@@ -25,21 +22,21 @@ __all__ = ["BASE_NAME", "Counters", "Lease", "Slot", "SlotPool", "unknown_names"
 
 
 class SlotPool:
-    """Adapters by name, loaded into a fixed number of slots when they are used.
+    """Adapters by name, loaded into a fixed number of slots on use.
 
-    All memory of the slots is allocated here. Adding or evicting an adapter copies into a slot; no address changes, so
-    CUDA graphs and compiled code that read a slot stay valid. Threads may share a pool. Requests that have to wait for
-    slots are served in their order, so a large one is not passed over for ever. A thread that holds a lease should not
-    ask for another without a timeout: two may wait for each other.
+    All memory of the slots is allocated at creation. Adding or evicting an adapter copies into a slot and changes no
+    address, so CUDA graphs and compiled code that read a slot stay valid. A pool is thread-safe. Acquisitions that
+    wait for slots are served in order, so large ones are not starved. A thread with a lease should acquire another
+    only with a timeout: two such threads may deadlock.
 
     Args:
-        sites: the places in the model where adapters may act
+        sites: the sites of the model that adapters may target
         num_slots: slots of each bucket
         device, dtype: of the slots
-        max_host_bytes: for packed copies on the host, pinned where the device is a GPU; the least recently used go.
-            0 reads an adapter from its source at each load
+        max_host_bytes: most bytes of packed copies on the host, in pinned memory if the device is a GPU; the least
+            recently used are dropped. 0 reads an adapter from its source at each load
     Raises:
-        ValueError: a number of slots below 1, a bucket without a site, a negative max_host_bytes.
+        ValueError: fewer than 1 slot, a bucket without a site, a negative max_host_bytes. All faults in one message.
     """
 
     def __init__(
@@ -73,30 +70,33 @@ class SlotPool:
         self._counters = Counters()
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a slot pool cannot be copied or pickled: close it first, and make another for the copy")
+        raise TypeError("a slot pool cannot be copied or pickled: close it first, and create another for the copy")
 
     def add(self, name: str, config: AdapterConfig, source: Callable[[], Adapter]) -> None:
-        """Makes an adapter known. It is loaded from its source, which returns it checked, when it is first used.
+        """Registers an adapter. It is loaded on first use.
 
+        Args:
+            name, config: of the adapter; the name is unique in the pool
+            source: returns the checked adapter
         Raises:
             ValueError: the name is taken or "__base__", or the pool has no slot of the adapter's bucket.
         """
         bucket = bucket_of(config)
         with self._changed:
             if name == BASE_NAME or name in self._entries:
-                raise ValueError(f"adapter name {name!r} is taken: remove that adapter first, or choose another name")
+                raise ValueError(f"adapter name {name!r} is taken: remove that adapter first, or use another name")
             if bucket not in self._slabs:
                 have = ", ".join(f"{count} of {other}" for other, count in self.buckets.items()) or "none"
                 raise ValueError(
-                    f"adapter {name!r} needs a slot of {bucket} and the pool has {have}: make it with slots for it"
+                    f"adapter {name!r} needs a slot of {bucket} and the pool has {have}: create it with such slots"
                 )
             self._entries[name] = Entry(name, bucket, source, config.fingerprint)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter. Forwards that have pinned it go on; its slot becomes free at their end.
+        """Unregisters an adapter. Forwards that pinned it finish, then its slot is freed.
 
         Raises:
-            ValueError: no adapter has this name.
+            ValueError: an unknown name.
         """
         with self._changed:
             entry = self._known([name])[0]
@@ -108,15 +108,16 @@ class SlotPool:
             self._changed.notify_all()
 
     def acquire(self, names: Iterable[str], timeout_s: float | None = None, idle: Idle = None) -> Lease:
-        """Pins adapters, all or none, and loads those that are in no slot. Waits until enough slots are not pinned.
+        """Pins adapters, all or none, and loads those that are not in a slot. Waits for enough unpinned slots.
 
         Args:
-            names: adapters; a repeated one counts once, "__base__" not at all
-            timeout_s: most seconds to wait for slots; None waits without end. Loading is not counted
-            idle: called now and again while it waits; may release leases whose holder is gone
+            names: of adapters; duplicates count once, "__base__" is ignored
+            timeout_s: most seconds to wait for slots; None waits without limit. Loading does not count
+            idle: called every 0.2 s while waiting; may release leases whose owner is gone
+        Returns: the lease. Release it after the last forward that reads the slots was launched.
         Raises:
-            ValueError: an unknown name, or more adapters of a bucket than it has slots, which no waiting would mend.
-            TimeoutError: others had pinned the slots for timeout_s.
+            ValueError: an unknown name, or more adapters of a bucket than it has slots: waiting cannot help.
+            TimeoutError: other leases pinned the slots for timeout_s.
             AdapterError: an adapter cannot be loaded. Nothing stays pinned.
         """
         wanted = sorted(set(names) - {BASE_NAME})
@@ -142,20 +143,19 @@ class SlotPool:
             raise
 
     def packed(self, name: str) -> Tensor:
-        """Returns an adapter as one slot's row on the host, (num_elements,) as in `Layout`; reads it if none is kept.
+        """Returns an adapter as one slot's row on the host; reads it from its source if there is no packed copy.
 
-        For a forward that finds no free slot, and to have an adapter read and checked before a forward needs it.
-
+        Returns: (num_elements,) as in `Layout`, the pool's dtype, on the CPU. Not a copy: do not change it.
         Raises:
-            ValueError: no adapter has this name.
-            AdapterError: it cannot be loaded.
+            ValueError: an unknown name.
+            AdapterError: the adapter cannot be loaded.
         """
         with self._changed:
             entry = self._known([name])[0]
         return self._packed(entry)
 
     def weights(self, bucket: Bucket) -> dict[str, Weights]:
-        """Returns the weights of a bucket's slots by site name. Their addresses stay."""
+        """Returns the weights of a bucket's slots by site name: views at fixed addresses."""
         return self._slabs[bucket].weights
 
     @property
@@ -165,7 +165,7 @@ class SlotPool:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all slots on the device. It never changes."""
+        """Bytes of all slots on the device. Constant."""
         return sum(slab.memory.nbytes for slab in self._slabs.values())
 
     @property
@@ -174,17 +174,17 @@ class SlotPool:
         return self._host.num_bytes
 
     def names(self) -> list[str]:
-        """Returns the names of all known adapters, in a slot or not."""
+        """Returns the sorted names of all registered adapters."""
         with self._changed:
             return sorted(self._entries)
 
     def bucket(self, name: str) -> Bucket:
-        """Returns a known adapter's bucket. Raises ValueError for another name."""
+        """Returns an adapter's bucket. Raises ValueError for an unknown name."""
         with self._changed:
             return self._known([name])[0].bucket
 
     def resident(self) -> dict[str, int]:
-        """Returns the known adapters that are in a slot, with the number of their pins."""
+        """Returns the adapters that are in a slot, with their numbers of pins."""
         with self._changed:
             return {e.name: e.pins for e in self._entries.values() if e.index is not None and not e.loading}
 
@@ -200,7 +200,7 @@ class SlotPool:
         return [self._entries[name] for name in names]
 
     def _wait(self, wanted: Sequence[str], ticket: object, deadline: float | None, idle: Idle) -> list[Entry]:
-        """Returns the entries once it is this request's turn, none of them is being loaded, and slots suffice."""
+        """Returns the entries once this acquisition is first in the queue, no entry is loading, and slots suffice."""
         waited = False
         while True:
             entries = self._known(wanted)
@@ -215,8 +215,8 @@ class SlotPool:
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 raise TimeoutError(
-                    f"no slots for {', '.join(wanted[:5])} within the time given: forwards that have not ended their "
-                    "prefill pin them; make the pool with more slots, or send fewer requests at once"
+                    f"no slots for {', '.join(wanted[:5])} within timeout_s: forwards in prefill pin them; create the "
+                    "pool with more slots, or send fewer requests at once"
                 )
             if idle is not None:
                 idle()
@@ -234,7 +234,7 @@ class SlotPool:
         return True
 
     def _claim(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Pins the entries, gives a slot to those that have none, and returns these, to be loaded."""
+        """Pins the entries, assigns slots to those without one, and returns these, which must be loaded."""
         self._clock += 1
         for entry in entries:
             entry.pins += 1

@@ -1,4 +1,8 @@
 """Which rows of a packed batch are prefill, and of which slot: `tokens` has the rule, `tiles` its integer work.
 
-Ground floor: imports torch alone.
+Imports torch only.
 """
+
+from preft_core.rule.tokens import BASE, TILE_ROWS, Group, Segments, Span, choose_tile_rows, prefill_span
+
+__all__ = ["BASE", "TILE_ROWS", "Group", "Segments", "Span", "choose_tile_rows", "prefill_span"]

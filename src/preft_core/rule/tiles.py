@@ -1,4 +1,4 @@
-"""Rows of a batch cut into tiles, on the host or on the device: the integer work behind Segments."""
+"""Splits the rows of a batch into tiles, on the host or on the device: the integer work behind `Segments`."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,31 @@ import torch
 from torch import Tensor
 
 BASE = -1
-"""The slot of rows that no adapter applies to."""
+"""The slot of rows without an adapter."""
 TILE_ROWS = (16, 32, 64)
+"""The tile sizes that the kernels take, in rows."""
 
 
 def choose_tile_rows(num_adapted: int, num_slots: int) -> int:
-    """Returns the rows per tile for a batch: the largest of 16, 32, 64 that slots fill on average, so few lie idle."""
+    """Returns the rows per tile for a batch: the largest of 16, 32, 64 that a slot fills on average.
+
+    Args:
+        num_adapted: adapted rows of the batch
+        num_slots: slots that they belong to
+    """
     mean = num_adapted / max(num_slots, 1)
     return max((size for size in TILE_ROWS if size <= mean), default=TILE_ROWS[0])
 
 
 def checked_tile_rows(tile_rows: int | None) -> int | None:
+    """Returns tile_rows. Raises ValueError if it is not a tile size or None."""
     if tile_rows is not None and tile_rows not in TILE_ROWS:
-        raise ValueError(f"tile_rows is {tile_rows}: the kernels take {TILE_ROWS}; leave it out to have it chosen")
+        raise ValueError(f"tile_rows is {tile_rows}: the kernels take {TILE_ROWS}; omit it to have it chosen")
     return tile_rows
 
 
 def consecutive(begins: Tensor, lengths: Tensor) -> Tensor:
-    """Returns begin, begin + 1, ... for each pair, one after the other: int32, (sum of lengths,)."""
+    """Returns begin, begin + 1, ..., begin + length - 1 of each pair, concatenated: int32, (sum of lengths,)."""
     offsets = lengths.cumsum(0, dtype=torch.int32) - lengths
     total = int(lengths.sum())
     return torch.repeat_interleave(begins - offsets, lengths, output_size=total) + torch.arange(
@@ -32,7 +39,7 @@ def consecutive(begins: Tensor, lengths: Tensor) -> Tensor:
 
 
 def sum_runs(pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Returns (slots, counts), the counts of neighbours with the same slot added up."""
+    """Returns (slots, counts), where adjacent pairs with the same slot are merged and their counts added."""
     slots: list[int] = []
     counts: list[int] = []
     for slot, count in pairs:
@@ -54,13 +61,13 @@ def tiles_of(slots: list[int], counts: list[int], tile_rows: int) -> Tensor:
 
 
 def tiles_on_device(mask: Tensor, slots: Sequence[int], tile_rows: int | None) -> tuple[Tensor, Tensor, int]:
-    """Returns (rows, tiles, tile_rows) as in Segments for a mask that only its device knows, without waiting for it.
+    """Returns (rows, tiles, tile_rows) as in `Segments` for a mask on a device, without synchronising with it.
 
-    Rows are sorted by slot there, and the table of tiles is as long as any mask could need.
+    Rows are sorted by slot on the device. The table of tiles is long enough for any mask.
     """
     low = [slot for slot in slots if slot < BASE]
     if low:
-        raise ValueError(f"slots has {low[0]}: slots are 0 or more, {BASE} for none")
+        raise ValueError(f"slots contains {low[0]}: a slot is 0 or more, or {BASE} for no adapter")
     distinct = sorted({slot for slot in slots if slot != BASE})
     num_rows, num_groups = mask.numel(), len(distinct)
     size = checked_tile_rows(tile_rows) or choose_tile_rows(num_rows, num_groups)
@@ -68,7 +75,7 @@ def tiles_on_device(mask: Tensor, slots: Sequence[int], tile_rows: int | None) -
     host = torch.tensor([number[slot] for slot in slots] + distinct, dtype=torch.int64)
     sent = (host.pin_memory() if mask.device.type == "cuda" else host).to(mask.device, non_blocking=True)
     group_of_row, slot_of_group = sent[: len(slots)], sent[len(slots) :]
-    # Rows that are not adapted get the last group, which has no tile.
+    # rows that are not adapted get the last group, which has no tile
     group = torch.where(mask, group_of_row[:, None], num_groups).flatten()
     rows = group.argsort(stable=True).to(torch.int32)
     ones = torch.ones_like(group)

@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are prefill, and of which adapter slot. Position decides, never the pass's shape."""
+"""Which tokens of a forward pass are prefill, and of which adapter slot. Position decides, never the shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,25 +23,24 @@ __all__ = ["BASE", "TILE_ROWS", "Group", "Segments", "Span", "choose_tile_rows",
 
 
 def prefill_span(first_position: int, num_tokens: int, prompt_length: int, start: int = 0) -> tuple[int, int]:
-    """Returns the half-open range of rows, within one forward of one request, that an adapter applies to.
+    """Returns the range of rows, within one forward of one request, that the adapter applies to.
 
-    Row i holds the token at position `first_position + i` and is adapted iff
+    Row i has the token at position `first_position + i` and is adapted iff
 
         start <= first_position + i < prompt_length
 
-    so a chunk of a prompt is adapted whole, a speculative verification after the prompt not at all, and a forward
-    that recomputes prompt and generated tokens together is adapted up to the prompt's end.
+    So a chunk of the prompt is adapted, rows that verify speculated tokens are not, and a forward that recomputes
+    prompt and generated tokens together is adapted up to the end of the prompt.
 
     Args:
-        first_position: position of the first row in its request, tokens, >= 0; padding counts as tokens
-        num_tokens: rows in this forward, >= 0
-        prompt_length: tokens of the request's prompt, >= 0
-        start: first adapted position, tokens; 0 adapts the whole prompt
-    Returns:
-        (begin, end) with 0 <= begin <= end <= num_tokens; begin == end when nothing is adapted.
+        first_position: position of the first row in its request, >= 0; padding counts
+        num_tokens: rows of this forward, >= 0
+        prompt_length: tokens of the request's prompt, >= 0; padding counts
+        start: first adapted position, >= 0; 0 adapts the whole prompt
+    Returns: (begin, end), half-open, 0 <= begin <= end <= num_tokens; begin == end if nothing is adapted.
     Raises:
         ValueError: a negative argument.
-    Source: arXiv 2605.14217, section 3; the window's start is ours.
+    Source: arXiv 2605.14217, section 3, which has no start.
     """
     arguments = {
         "first_position": first_position,
@@ -51,7 +50,7 @@ def prefill_span(first_position: int, num_tokens: int, prompt_length: int, start
     }
     negative = [f"{name} is {value}" for name, value in arguments.items() if value < 0]
     if negative:
-        raise ValueError(f"{', '.join(negative)}: positions and counts of tokens are 0 or more")
+        raise ValueError(f"{', '.join(negative)}: positions and numbers of tokens are 0 or more")
     end = min(max(prompt_length - first_position, 0), num_tokens)
     begin = min(max(start - first_position, 0), end)
     return begin, end
@@ -68,7 +67,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """All rows of one slot in a batch, as a slice where they are consecutive, else as an int64 index (rows,)."""
+    """All rows of one slot in a batch: a slice if they are consecutive, otherwise an int64 index (rows,)."""
 
     slot: int
     rows: slice | Tensor
@@ -76,18 +75,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Segments:
-    """The adapted rows of a packed ragged batch, grouped by adapter slot. One object serves all layers of a forward.
+    """The adapted rows of a packed ragged batch, grouped by adapter slot. All layers of a forward share one object.
 
-    Rows that are decode, or of a request without an adapter, are in no tile, so no op touches them. Rows of one slot
-    are grouped across requests, so an op reads each adapter once per tile of rows, not once per request.
+    Decode rows, and rows of a request without an adapter, are in no tile, so no op touches them. Rows of one slot are
+    grouped across requests, so an op reads each adapter once per tile of rows, not once per request.
 
     Attributes:
         num_rows: rows of the packed batch, T
         rows: int32, (capacity,), the adapted rows sorted by slot, in batch order within a slot
-        tiles: int32, (num_tiles, 3), for each tile the index of its first row in `rows`, its number of rows (0 for a
-            tile that is not used) and its slot
-        tile_rows: most rows of a tile, 16, 32 or 64
-        spans: the adapted spans in batch order, without empty ones; None where they are known to the device alone
+        tiles: int32, (num_tiles, 3): for each tile the index of its first row in `rows`, its number of rows (0 if the
+            tile is unused) and its slot
+        tile_rows: maximum rows of a tile: 16, 32 or 64
+        spans: the adapted spans in batch order, without empty ones; None if only the device knows them
     """
 
     num_rows: int
@@ -100,14 +99,15 @@ class Segments:
     def of_spans(
         cls, spans: Sequence[Span], num_rows: int, device: torch.device | str = "cpu", tile_rows: int | None = None
     ) -> "Segments":
-        """Returns the segments of spans that the host knows. One asynchronous copy, no wait for the device.
+        """Returns the segments of spans on the host. One asynchronous copy, no synchronisation.
 
         Args:
             spans: in any order; rows in no span, and spans of slot BASE, are not adapted
             num_rows: rows of the packed batch
+            device: of `rows` and `tiles`
             tile_rows: 16, 32 or 64; None chooses by the rows per slot
         Raises:
-            ValueError: spans that overlap, reach outside of the batch or have a slot below BASE.
+            ValueError: spans that overlap, exceed the batch or have a slot below BASE.
         """
         _check_spans(spans, num_rows)
         adapted = sorted((s for s in spans if s.slot != BASE and s.end > s.begin), key=lambda span: span.begin)
@@ -132,10 +132,14 @@ class Segments:
         device: torch.device | str = "cpu",
         tile_rows: int | None = None,
     ) -> "Segments":
-        """Returns the segments of requests that lie one after the other: request i has lengths[i] rows of slots[i].
+        """Returns the segments of consecutive requests: request i has lengths[i] rows of slot slots[i].
 
+        Args:
+            slots: one per request, BASE for none
+            lengths: rows of each request, >= 0
+            device, tile_rows: as in `of_spans`
         Raises:
-            ValueError: another number of slots than lengths, a negative length, a slot below BASE.
+            ValueError: different numbers of slots and lengths, a negative length, or a slot below BASE.
         """
         if len(slots) != len(lengths):
             raise ValueError(f"{len(slots)} slots and {len(lengths)} lengths: give one of each per request")
@@ -149,14 +153,15 @@ class Segments:
     def of_mask(cls, mask: Tensor, slots: Sequence[int], tile_rows: int | None = None) -> "Segments":
         """Returns the segments of a (batch, length) batch, flattened, adapted where the mask is True.
 
-        A mask on the CPU gives spans. A mask on another device is not waited for: tiles are laid out there, in a table
-        large enough for any mask.
+        A mask on the CPU gives spans. For a mask on another device, tiles are computed there without synchronising,
+        in a table large enough for any mask.
 
         Args:
-            mask: bool, (batch, length), True on the tokens to adapt; left padding is False, or True to no effect
+            mask: bool, (batch, length), True on the tokens to adapt. Padding may be True or False
             slots: one per row of the mask, BASE for none
+            tile_rows: as in `of_spans`
         Raises:
-            ValueError: a mask of another dtype or shape, another number of slots, a slot below BASE.
+            ValueError: a mask of another dtype or shape, another number of slots, or a slot below BASE.
         """
         if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] != len(slots):
             raise ValueError(
@@ -176,13 +181,22 @@ class Segments:
 
     @classmethod
     def buffer(cls, num_rows: int, max_tiles: int, tile_rows: int, device: torch.device | str) -> "Segments":
-        """Returns segments without an adapted row at addresses that stay, for `copy_into` and CUDA graphs."""
+        """Returns segments without an adapted row, as a fixed-address target of `copy_into` for CUDA graphs.
+
+        Args:
+            num_rows: rows of the packed batch
+            max_tiles: the most tiles that will be copied into it
+            tile_rows: 16, 32 or 64
+            device: of `rows` and `tiles`
+        """
         rows = torch.zeros(num_rows, dtype=torch.int32, device=device)
         return cls(num_rows, rows, torch.zeros(max_tiles, 3, dtype=torch.int32, device=device), tile_rows, None)
 
     def copy_into(self, target: "Segments") -> None:
-        """Makes a buffer, which a captured graph reads, hold these segments.
+        """Copies these segments into a buffer that a captured graph reads. Asynchronous.
 
+        Args:
+            target: of `buffer`, changed in place
         Raises:
             ValueError: the target has fewer rows or tiles, or another tile_rows.
         """
@@ -200,7 +214,7 @@ class Segments:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The rows of each slot. Waits for the device if only the device knows them."""
+        """The rows of each slot. Synchronises if only the device knows them."""
         slots, counts = sum_runs([(slot, count) for _, count, slot in self.tiles.tolist() if count])
         found, first = [], 0
         for slot, count in zip(slots, counts, strict=True):
@@ -213,12 +227,12 @@ class Segments:
 
     @cached_property
     def covers_all(self) -> bool:
-        """True if every row of the batch has an adapter; False also where only the device knows that."""
+        """True if every row of the batch has an adapter; False also if only the device knows that."""
         return self.spans is not None and sum(span.end - span.begin for span in self.spans) == self.num_rows
 
     @cached_property
     def runs(self) -> tuple[Span, ...] | None:
-        """The spans with neighbours of the same slot joined; None where only the device knows them."""
+        """The spans, with adjacent spans of the same slot merged; None if only the device knows them."""
         if self.spans is None:
             return None
         joined: list[Span] = []
@@ -231,7 +245,7 @@ class Segments:
 
     @cached_property
     def even(self) -> tuple[int, int, Tensor] | None:
-        """(first row, rows per span, slots int64 (num_spans,)) if the spans are equally long and lie end to end."""
+        """(first row, rows per span, slots: int64, (num_spans,)) if spans have equal length and no gaps, else None."""
         if not self.spans:
             return None
         length = self.spans[0].end - self.spans[0].begin
@@ -243,7 +257,7 @@ class Segments:
 
 def _check_spans(spans: Sequence[Span], num_rows: int) -> None:
     faults = [
-        f"{span} does not lie within the batch's {num_rows} rows, or has a slot below {BASE}"
+        f"{span} is outside the batch's {num_rows} rows, or has a slot below {BASE}"
         for span in spans
         if not 0 <= span.begin <= span.end <= num_rows or span.slot < BASE
     ]

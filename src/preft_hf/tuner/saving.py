@@ -13,8 +13,8 @@ from huggingface_hub import RepoCard
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
-from preft_core.format.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter, publish_files, write_config
-from preft_core.format.staging import staging_in
+from preft_core.format.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter
+from preft_core.format.staging import publish_files, staging_in, write_config
 from preft_core.hub.card import CARD_NAME, model_card, read_card, tags_of
 from preft_core.hub.push_pull import Pushed, push_adapter
 from preft_hf.config import PreftConfig

@@ -76,14 +76,14 @@ def test_manifests(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("adapters = 3", "no table `adapters` alone"),
-        ('[adapters]\na = "x/y"\n[other]\n', "no table `adapters` alone"),
-        ("[adapters]\n", "names 0 adapters"),
+        ("adapters = 3", "must contain one table `adapters`"),
+        ('[adapters]\na = "x/y"\n[other]\n', "must contain one table `adapters`"),
+        ("[adapters]\n", "has 0 adapters"),
         ('[adapters]\n"../up" = "x/y"', r"name '../up'"),
         ('[adapters]\n"/etc" = "x/y"', r"name '/etc'"),
         ('[adapters]\n"__base__" = "x/y"', "begin with __"),
         ("[adapters]\na = 3", "a directory or org/name"),
-        ("[adapters\n", "no TOML"),
+        ("[adapters\n", "not TOML"),
     ],
 )
 def test_wrong_manifests_are_refused(tmp_path, text, message):
@@ -121,7 +121,7 @@ def test_what_lora_p_cannot_express_is_refused(tmp_path):
         with pytest.raises(AdapterError, match=fault):
             from_lora(tmp_path / name, tmp_path / "out")
     make_preft(make_base(), "direft").save_pretrained(tmp_path / "direft")
-    with pytest.raises(AdapterError, match="only lora has"):
+    with pytest.raises(AdapterError, match="only lora can be converted"):
         to_lora(tmp_path / "direft", tmp_path / "out")
     with pytest.raises(AdapterError, match="peft_type is 'PREFT'"):
         from_lora(tmp_path / "direft", tmp_path / "out")

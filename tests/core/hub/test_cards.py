@@ -67,7 +67,7 @@ def test_the_card_of_the_hub_counts_and_not_an_older_one_in_the_cache(hub, adapt
     push_adapter(adapter, "org/mine")
     hub.put("org/mine", {"README.md": OWN.encode()})
     hub.fault("resolve", "500", path="README.md")
-    with pytest.raises(HubError, match=r"README\.md of org/mine cannot be read"):
+    with pytest.raises(HubError, match=r"Could not push to org/mine: its README\.md"):
         push_adapter(adapter, "org/mine")
     assert files(hub, "org/mine")["README.md"] == OWN.encode()
 
@@ -130,5 +130,5 @@ def test_a_connection_that_breaks_is_a_sentence(hub, adapter, monkeypatch):
     for step in ("create", "preupload", "lfs-batch", "commit"):
         hub.faults.clear()
         hub.fault(step, "reset")
-        with pytest.raises(HubError, match=r"org/mine: the connection to the Hub broke"):
+        with pytest.raises(HubError, match=r"Could not push to org/mine: the connection to the Hub broke"):
             push_adapter(adapter, "org/mine")

@@ -91,7 +91,7 @@ def test_a_save_that_does_not_fit_leaves_the_adapter_that_was_there(small_disk):
     disk, _ = small_disk
     make_preft(make_base(), "direft", r=1).save_pretrained(disk / "mine")
     before = load_adapter(disk / "mine").fingerprint
-    with pytest.raises(OSError, match=r"mine was left as it was.*No space left"):
+    with pytest.raises(OSError, match=r"mine is unchanged.*No space left"):
         make_preft(make_base(), r=64).save_pretrained(disk / "mine")
     assert load_adapter(disk / "mine").fingerprint == before
     assert not [name for name in os.listdir(disk / "mine") if name.startswith(".preft")]

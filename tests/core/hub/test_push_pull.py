@@ -99,7 +99,7 @@ def test_private_repositories_need_the_token(hub, tmp_path, monkeypatch):
     assert hub.repositories["org/secret"].private
     pull_adapter("org/secret", tmp_path / "out", token="hf_right")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(AdapterError, match="org/secret@main cannot be had"):
+    with pytest.raises(AdapterError, match="Could not download org/secret@main"):
         pull_adapter("org/secret", tmp_path / "other", cache_dir=tmp_path / "empty")
     assert not (tmp_path / "other").exists()
     with pytest.raises(HfHubHTTPError):
@@ -115,8 +115,30 @@ def test_offline_the_cache_answers(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert pull_adapter("org/mine")[0].location == source.location
     assert pull_adapter(source.location)[1] == directory
-    with pytest.raises(AdapterError, match="cannot be had from the Hub"):
+    with pytest.raises(HubError, match=r"org/other@main: adapter_config\.json is not in the cache"):
         pull_adapter("org/other")
+
+
+def test_a_failed_download_names_the_repository_and_the_reason(hub, tmp_path, monkeypatch):
+    saved(tmp_path / "a")
+    push_adapter(tmp_path / "a", "org/mine")
+    hub.put("org/empty", {"README.md": b"nothing"})
+    for location, kind, reason in (
+        ("org/gone", AdapterError, "org/gone@main: the Hub has no such repository, or your token cannot access it"),
+        ("org/mine@v9", AdapterError, "org/mine@v9: the repository has no such revision"),
+        ("org/empty", AdapterError, r"org/empty@main: the repository has no adapter_config\.json"),
+    ):
+        with pytest.raises(kind, match=f"Could not download {reason}") as caught:
+            pull_adapter(location)
+        assert not isinstance(caught.value, HubError)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault("resolve", "500")
+    with pytest.raises(HubError, match=r"Could not download org/new@main: the Hub returned an error \(.*500"):
+        pull_adapter("org/new")
+    hub.faults.clear()
+    hub.fault("resolve", "reset")
+    with pytest.raises(HubError, match=r"Could not download org/new@main: the Hub does not answer \(\S.*\); check"):
+        pull_adapter("org/new")
 
 
 def test_the_card(hub, tmp_path):
@@ -207,11 +229,11 @@ def test_too_large_a_file_is_not_downloaded(hub, tmp_path, monkeypatch):
     saved(tmp_path / "a")
     push_adapter(tmp_path / "a", "org/mine")
     monkeypatch.setattr("preft_core.hub.source.MAX_FILE_BYTES", 1000)
-    with pytest.raises(AdapterError, match=r"at most 1000 are read; nothing was downloaded"):
+    with pytest.raises(AdapterError, match=r"the maximum is 1000; nothing was downloaded"):
         pull_adapter("org/mine")
     assert not any(path.endswith("safetensors") for name, path, _ in hub.requests if name == "download")
     hub.put("org/long", {"adapter_config.json": b" " * (2 << 20)})
-    with pytest.raises(AdapterError, match="at most 1048576 are read"):
+    with pytest.raises(AdapterError, match="the maximum is 1048576"):
         pull_adapter("org/long")
 
 
@@ -227,7 +249,7 @@ def test_what_strangers_push_is_refused(hub, tmp_path):
     with pytest.raises(AdapterError, match="repeats inside repeats"):
         pull_adapter("org/bomb", tmp_path / "out")
     hub.put("org/pickle", {"adapter_config.json": config, "adapter_model.bin": b"cos\nsystem\n"})
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors of org/pickle"):
+    with pytest.raises(AdapterError, match=r"org/pickle@.* has no adapter_model\.safetensors"):
         pull_adapter("org/pickle", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_said():
     segments = Segments.of_lengths([0], [4])
     x, output = torch.zeros(4, 6), torch.zeros(4, 8)
     a, b = torch.zeros(2, 1, 8, 6), torch.zeros(2, 8, 8)
-    with pytest.raises(ValueError, match=r"b is torch.float32 \(2, 8, 8\).*expected is output \[4, 9\]"):
+    with pytest.raises(ValueError, match=r"b is torch.float32 \(2, 8, 8\).*expected output \[4, 9\]"):
         add_lora_(torch.zeros(4, 9), x, a, b, (9,), segments)
     with pytest.raises(ValueError, match=r"x is torch\.float16"):
         add_lora_(output, x.half(), a, b, (8,), segments)

@@ -443,7 +443,7 @@ def test_what_a_pool_refuses():
         pool.add("large", large.config, lambda: large)
     with pytest.raises(ValueError, match="'__base__' is taken"):
         pool.add("__base__", a.config, lambda: a)
-    with pytest.raises(AdapterError, match="r is 129: slots hold ranks up to 128"):
+    with pytest.raises(AdapterError, match="r is 129: slots have ranks up to 128"):
         pool.add("huge", AdapterConfig("lora", 129, 1.0), lambda: a)
     pool.remove("a")
     pool.add("a", a.config, lambda: large)
@@ -462,7 +462,7 @@ def test_weights_that_do_not_fit_the_sites_are_all_named():
     pool = make_pool()
     pool.add("a", adapter.config, lambda: adapter)
     with pytest.raises(
-        AdapterError, match=r"down.preft_A has shape \[8, 21\].*expects \[8, 20\].*layers.9.q is no place"
+        AdapterError, match=r"down.preft_A has shape \[8, 21\].*expects \[8, 20\].*layers.9.q is not a site"
     ):
         pool.acquire(["a"])
     large = make_adapter(1)

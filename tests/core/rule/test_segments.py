@@ -89,13 +89,13 @@ def test_a_buffer_takes_other_segments_at_the_same_address():
     ("make", "message"),
     [
         (lambda: Segments.of_spans([Span(0, 0, 5), Span(1, 4, 6)], 10), "overlap"),
-        (lambda: Segments.of_spans([Span(0, 5, 11)], 10), "does not lie within the batch's 10 rows"),
+        (lambda: Segments.of_spans([Span(0, 5, 11)], 10), "is outside the batch's 10 rows"),
         (lambda: Segments.of_spans([Span(-2, 0, 5)], 10), "slot below -1"),
         (lambda: Segments.of_lengths([0, 1], [3]), "2 slots and 1 lengths"),
         (lambda: Segments.of_lengths([0], [3], tile_rows=48), "tile_rows is 48"),
         (lambda: Segments.of_mask(torch.ones(2, 3), [0, 1]), "mask is torch.float32"),
         (lambda: Segments.of_mask(torch.ones(2, 3, dtype=torch.bool), [0]), "with 1 slots"),
-        (lambda: tiles_on_device(torch.ones(1, 3, dtype=torch.bool), [-5], None), "slots has -5"),
+        (lambda: tiles_on_device(torch.ones(1, 3, dtype=torch.bool), [-5], None), "slots contains -5"),
     ],
 )
 def test_bad_input_is_said(make, message):

@@ -377,7 +377,7 @@ def test_train_mode():
 def test_gradients_are_refused_where_the_pool_has_none():
     model = crowd().model("pooled")
     model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="gradient is wanted"):
+    with pytest.raises(ValueError, match="requires_grad=True"):
         model(input_ids=prompts(1), adapter_names=["few"])
 
 

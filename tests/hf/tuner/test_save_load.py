@@ -247,7 +247,7 @@ def test_a_save_that_stops_between_its_steps_is_refused(tmp_path, monkeypatch):
         replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("preft_core.format.adapter.os.replace", once)
+        patch.setattr("preft_core.format.staging.os.replace", once)
         model.save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="interrupted"):
         PeftModel.from_pretrained(make_base(), tmp_path)
