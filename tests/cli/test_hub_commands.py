@@ -117,11 +117,11 @@ def test_convert_and_export(tmp_path, capsys):
 
 def test_a_leak_is_found(tmp_path, monkeypatch):
     from preft_core.format.config import AdapterError
-    from preft_hf.forward import generation
+    from preft_hf.forward import positions
     from preft_hf.verify import try_adapter
 
     make_preft(make_base()).save_pretrained(tmp_path / "a")
-    monkeypatch.setattr(generation, "prefill_span", lambda first, count, length, start=0: (0, count))
+    monkeypatch.setattr(positions, "prefill_span", lambda first, count, length, start=0: (0, count))
     with pytest.raises(AdapterError, match="acts on decode tokens"):
         try_adapter(tmp_path / "a", make_base())
 
