@@ -1,4 +1,4 @@
-"""A front door before a small upstream on loopback, with shards that are functions."""
+"""A gateway before a small upstream on loopback, with shards that are functions."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from tgi_patch.gateway.adapters import Fleet
-from tgi_patch.gateway.proxy import FrontDoor
+from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.proxy import Gateway
 from tgi_patch.settings import Settings
 
 
@@ -53,7 +53,7 @@ class Shards:
 
 
 @asynccontextmanager
-async def door(shards, settings=None, limits=None, upstream=None, token="secret"):
+async def gateway(shards, settings=None, limits=None, upstream=None, token="secret"):
     seen = []
 
     async def answer(request):
@@ -72,11 +72,11 @@ async def door(shards, settings=None, limits=None, upstream=None, token="secret"
     application.router.add_route("*", "/{path:.*}", upstream or answer)
     async with TestServer(application) as server:
         settings = settings or Settings(adapters={"acme": "org/acme"}, base_models=("meta/base",))
-        fleet = Fleet(settings, 2, {"meta/base"}, {"all-token"}, ask=shards.ask)
-        await fleet.start()
-        made = FrontDoor(str(server.make_url("")).rstrip("/"), fleet, token, limits)
+        adapters = AdapterManager(settings, 2, {"meta/base"}, {"all-token"}, ask=shards.ask)
+        await adapters.start()
+        made = Gateway(str(server.make_url("")).rstrip("/"), adapters, token, limits)
         async with TestClient(TestServer(made.application())) as client:
-            client.seen, client.fleet, client.door = seen, fleet, made
+            client.seen, client.adapters, client.gateway = seen, adapters, made
             yield client
 
 

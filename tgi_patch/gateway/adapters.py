@@ -1,4 +1,4 @@
-"""The adapters of all shards, as the front door sees them: ready, on their way, refused, or leaving."""
+"""The adapters of all shards, as the gateway sees them: ready, on their way, refused, or leaving."""
 
 import asyncio
 import re
@@ -13,7 +13,7 @@ from preft_core.format.config import AdapterError
 from preft_core.hub.manifest import name_fault
 from preft_core.hub.source import find_adapter, hub_id, same_place
 from preft_core.pool.lease import unknown_names
-from tgi_patch.gateway.errors import RETRY_AFTER_S, Answer, NotAccepted, answer_to, classified
+from tgi_patch.gateway.errors import RETRY_AFTER_S, ErrorResponse, RequestRejected, load_error, rejection, shard_error
 from tgi_patch.gateway.shards import Shards
 from tgi_patch.server.control import ask
 from tgi_patch.settings import BASE_IDS, Settings
@@ -27,7 +27,7 @@ WATCH_S = 2.0
 """Seconds between two looks at what the shards hold."""
 
 
-class Fleet:
+class AdapterManager:
     """Which adapters a request may name. All methods run in one event loop; the shards are asked in threads.
 
     Args:
@@ -53,7 +53,7 @@ class Fleet:
         self.ready: dict[str, dict[str, Any]] = {}
         self.started = False
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._refused: dict[str, tuple[float, Answer]] = {}
+        self._refused: dict[str, tuple[float, ErrorResponse]] = {}
         self._in_flight: Counter[str] = Counter()
         self._leaving: set[str] = set()
         # names under which some shard may still hold an adapter that is no longer served
@@ -95,7 +95,7 @@ class Fleet:
 
         Yields: the adapter's id, None for the base model.
         Raises:
-            NotAccepted: 404 unknown, 422 refused, 503 on its way.
+            RequestRejected: 404 unknown, 422 refused, 503 on its way.
         """
         if name is None or name in self.base_ids:
             yield None
@@ -117,14 +117,14 @@ class Fleet:
         """Makes an adapter known to all shards, or to none.
 
         Raises:
-            NotAccepted: 404, 409, 422 or 503.
+            RequestRejected: 404, 409, 422 or 503.
         """
         reason = name_fault(name)
         if reason is not None or name in self.base_ids | self._others:
-            raise NotAccepted(Answer(422, f"adapter id {name!r}: {reason or 'it stands for something else already'}"))
+            raise rejection(422, f"adapter id {name!r}: {reason or 'it stands for something else already'}")
         if name in self._leaving:
             leaving = "is leaving, its requests have not ended: ask again"
-            raise NotAccepted(Answer(409, f"adapter {name!r} {leaving}", RETRY_AFTER_S))
+            raise rejection(409, f"adapter {name!r} {leaving}", RETRY_AFTER_S)
         if name in self.ready:
             await self._compare(name, location)
         elif name not in self._loading:
@@ -134,21 +134,21 @@ class Fleet:
             await asyncio.shield(self._loading[name])
         if name not in self.ready:
             refused = self._refused.get(name)
-            gone = Answer(503, f"adapter {name!r} was removed meanwhile: ask again", RETRY_AFTER_S)
-            raise NotAccepted(refused[1] if refused is not None else gone)
+            gone = ErrorResponse(503, f"adapter {name!r} was removed meanwhile: ask again", RETRY_AFTER_S)
+            raise RequestRejected(refused[1] if refused is not None else gone)
         known = str(self.ready[name].get("location", location))
         if not same_place(location, known):
-            raise NotAccepted(Answer(409, f"adapter {name!r} is {known} already: remove it first"))
+            raise rejection(409, f"adapter {name!r} is {known} already: remove it first")
 
     async def remove(self, name: str) -> bool:
         """Takes no more requests for an adapter, and has the shards forget it when its last request has ended.
 
         Returns: whether that was at once.
         Raises:
-            NotAccepted: 404.
+            RequestRejected: 404.
         """
         if name not in self.ready or name in self._leaving:
-            raise NotAccepted(self._unknown(name))
+            raise RequestRejected(self._unknown(name))
         self._leaving.add(name)
         at_once = not self._in_flight[name]
         task = self._spawn(self._forget(name))
@@ -175,36 +175,36 @@ class Fleet:
         if name in self._others:
             return
         if not self.started:
-            raise NotAccepted(Answer(503, "the server is starting: ask again", RETRY_AFTER_S))
+            raise rejection(503, "the server is starting: ask again", RETRY_AFTER_S)
         if name in self.ready and name not in self._leaving:
             return
         if name in self._loading:
-            raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
+            raise rejection(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S)
         refused = self._refused.get(name)
         if refused is not None and time.monotonic() < refused[0]:
-            raise NotAccepted(refused[1])
+            raise RequestRejected(refused[1])
         match = HUB_ID.fullmatch(name)
         allowed = self._settings.organisations
         if not self._settings.lazy or match is None or hub_id(name) is None:
-            raise NotAccepted(self._unknown(name))
+            raise RequestRejected(self._unknown(name))
         if "*" not in allowed and match[1] not in allowed:
-            raise NotAccepted(
-                Answer(404, f"adapter {name!r} is not known, and adapters of {match[1]!r} are not loaded from the Hub")
+            raise rejection(
+                404, f"adapter {name!r} is not known, and adapters of {match[1]!r} are not loaded from the Hub"
             )
         if name in self._leaving:
-            raise NotAccepted(Answer(503, f"adapter {name!r} is leaving: ask again", RETRY_AFTER_S))
+            raise rejection(503, f"adapter {name!r} is leaving: ask again", RETRY_AFTER_S)
         if len(self._loading) >= self._settings.max_adapters:
-            raise NotAccepted(Answer(503, f"{len(self._loading)} adapters are being loaded: ask again", RETRY_AFTER_S))
+            raise rejection(503, f"{len(self._loading)} adapters are being loaded: ask again", RETRY_AFTER_S)
         self._lazy[name] = time.monotonic()
         self._loading[name] = asyncio.create_task(self._load(name, name))
-        raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
+        raise rejection(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S)
 
     async def _make_room(self, name: str) -> None:
         """Lets adapters go that were loaded on demand, are in no request, and were not used for longest."""
         while len(self.ready) >= self._settings.max_adapters:
             idle = [n for n in self._lazy if n in self.ready and n not in self._leaving and not self._in_flight[n]]
             if not idle:
-                raise NotAccepted(Answer(503, f"adapter {name!r}: no more adapters are taken now", RETRY_AFTER_S))
+                raise rejection(503, f"adapter {name!r}: no more adapters are taken now", RETRY_AFTER_S)
             await self._drop(min(idle, key=self._lazy.__getitem__))
 
     async def _load(self, name: str, location: str) -> None:
@@ -219,11 +219,11 @@ class Fleet:
                 self.ready[name] = await self._handed(name, source.location)
             self._refused.pop(name, None)
         except AdapterError as error:
-            self._remember(name, classified(name, error))
-        except NotAccepted as error:
-            self._remember(name, error.answer)
+            self._remember(name, load_error(name, error))
+        except RequestRejected as error:
+            self._remember(name, error.response)
         except (OSError, ValueError, KeyError) as error:
-            self._remember(name, Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S))
+            self._remember(name, ErrorResponse(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S))
         finally:
             self._loading.pop(name, None)
 
@@ -231,16 +231,16 @@ class Fleet:
         """Hands an adapter to all shards, or to none, and returns its facts."""
         # a request in flight may still be resolved under the old weights
         if name in self._unclear and (self._in_flight[name] or not await self._drop(name)):
-            raise NotAccepted(Answer(503, f"adapter {name!r} has not left all shards: ask again", RETRY_AFTER_S))
+            raise rejection(503, f"adapter {name!r} has not left all shards: ask again", RETRY_AFTER_S)
         bad = await self._shards.add(name, location)
         alike, _ = (await self._shards.adapters() if bad is None else None) or ({}, set())
         if name in alike:
             return alike[name]
         await self._drop(name)
         if bad is not None and bad["kind"] != "taken":
-            raise NotAccepted(answer_to(name, bad))
+            raise RequestRejected(shard_error(name, bad))
         # the folder changed between two shards' reads, or a shard had another adapter under this name
-        raise NotAccepted(Answer(503, f"adapter {name!r}: the shards took different ones: ask again", RETRY_AFTER_S))
+        raise rejection(503, f"adapter {name!r}: the shards took different ones: ask again", RETRY_AFTER_S)
 
     async def _compare(self, name: str, location: str) -> None:
         """Has the shards compare a directory, given again, with what they hold: it may have other content by now."""
@@ -249,7 +249,7 @@ class Fleet:
             async with self._changes:
                 bad = await self._shards.add(name, location)
             if bad is not None:
-                raise NotAccepted(answer_to(name, bad))
+                raise RequestRejected(shard_error(name, bad))
 
     async def _forget(self, name: str) -> None:
         async with self._idle:
@@ -274,22 +274,22 @@ class Fleet:
         """Takes no more requests for an adapter that the shards cannot serve."""
         self.ready.pop(name, None)
         self._unclear.add(name)
-        self._remember(name, Answer(422, f"adapter {name!r}: {reason}"))
+        self._remember(name, ErrorResponse(422, f"adapter {name!r}: {reason}"))
 
     async def _notify(self) -> None:
         async with self._idle:
             self._idle.notify_all()
 
-    def _remember(self, name: str, answer: Answer) -> None:
-        for_s = FAILED_FOR_S if answer.status == 503 else REFUSED_FOR_S
+    def _remember(self, name: str, response: ErrorResponse) -> None:
+        for_s = FAILED_FOR_S if response.status == 503 else REFUSED_FOR_S
         now = time.monotonic()
         self._lazy.pop(name, None)
         self._refused = {n: entry for n, entry in self._refused.items() if entry[0] > now}
         if len(self._refused) < 10_000:
-            self._refused[name] = (now + for_s, answer)
+            self._refused[name] = (now + for_s, response)
 
-    def _unknown(self, name: str) -> Answer:
-        return Answer(404, unknown_names([name], set(self.ready) - self._leaving | self._others, "tgi"))
+    def _unknown(self, name: str) -> ErrorResponse:
+        return ErrorResponse(404, unknown_names([name], set(self.ready) - self._leaving | self._others, "tgi"))
 
     def _spawn(self, work: Any) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)

@@ -17,7 +17,7 @@ RETRY_AFTER_S = 2
 
 
 @dataclass(frozen=True)
-class Answer:
+class ErrorResponse:
     """Why a request for an adapter is not passed on: an HTTP status and a message."""
 
     status: int
@@ -25,22 +25,27 @@ class Answer:
     retry_after_s: int | None = None
 
 
-class NotAccepted(Exception):
-    """A request that is answered here. `answer` says how."""
+class RequestRejected(Exception):
+    """A request that is answered here. `response` says how."""
 
-    def __init__(self, answer: Answer):
-        super().__init__(answer.message)
-        self.answer = answer
+    def __init__(self, response: ErrorResponse):
+        super().__init__(response.message)
+        self.response = response
 
 
-def answer_to(name: str, refusal: dict[str, Any]) -> Answer:
+def rejection(status: int, message: str, retry_after_s: int | None = None) -> RequestRejected:
+    """Returns the exception of an error response."""
+    return RequestRejected(ErrorResponse(status, message, retry_after_s))
+
+
+def shard_error(name: str, refusal: dict[str, Any]) -> ErrorResponse:
     """Returns the answer to a request whose adapter a shard did not take."""
     status = {"taken": 409, "unknown": 404, "refused": 422}.get(refusal["kind"], 503)
     retry = RETRY_AFTER_S if status == 503 else None
-    return Answer(status, f"adapter {name!r}: {refusal['error']}", retry)
+    return ErrorResponse(status, f"adapter {name!r}: {refusal['error']}", retry)
 
 
-def classified(name: str, error: AdapterError) -> Answer:
+def load_error(name: str, error: AdapterError) -> ErrorResponse:
     """Returns 404 for what the Hub does not have, 503 for a Hub that cannot be reached, 422 for a bad adapter."""
     cause = error.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -48,8 +53,8 @@ def classified(name: str, error: AdapterError) -> Answer:
     offline = isinstance(cause, LocalEntryNotFoundError)
     missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError))
     if not offline and (missing or status in {401, 403}):
-        return Answer(404, f"adapter {name!r}: {error}")
+        return ErrorResponse(404, f"adapter {name!r}: {error}")
     passing = not isinstance(cause, (ValueError, KeyError, UnicodeError, FileNotFoundError, NotADirectoryError))
     if offline or (cause is not None and passing):
-        return Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S)
-    return Answer(422, f"adapter {name!r}: {error}")
+        return ErrorResponse(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S)
+    return ErrorResponse(422, f"adapter {name!r}: {error}")

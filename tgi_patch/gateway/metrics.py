@@ -1,4 +1,4 @@
-"""What the front door counts, for Prometheus."""
+"""What the gateway counts, for Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -25,7 +25,7 @@ GAUGES = {
 
 
 class Metrics:
-    """The front door's own metrics. `text` adds those of the first shard."""
+    """The gateway's own metrics. `text` adds those of the first shard."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""The front door: a small proxy on the public port that answers for bad adapters before TGI's router sees them.
+"""The gateway: a small proxy on the public port that answers for bad adapters before TGI's router sees them.
 
 TGI has no error for one request of a batch: what fails in a prefill fails for every request in it. So an id is checked
 here. Everything else, streams included, passes through unchanged.
@@ -15,8 +15,8 @@ import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from tgi_patch.gateway.adapters import Fleet
-from tgi_patch.gateway.errors import Answer, NotAccepted
+from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.errors import ErrorResponse, RequestRejected, rejection
 from tgi_patch.gateway.metrics import Metrics
 from tgi_patch.gateway.request_body import EITHER, GENERATE, OPENAI, adapter_of
 
@@ -58,19 +58,19 @@ class Limits:
     drain_s: float = 60.0
 
 
-class FrontDoor:
+class Gateway:
     """The proxy's application.
 
     Args:
         upstream: URL of TGI's router, without a slash at its end
-        fleet: which adapters may be asked for
+        adapters: which adapters may be asked for
         admin_token: for the routes under /preft; empty turns them off
         limits: see Limits
     """
 
-    def __init__(self, upstream: str, fleet: Fleet, admin_token: str = "", limits: Limits | None = None):
+    def __init__(self, upstream: str, adapters: AdapterManager, admin_token: str = "", limits: Limits | None = None):
         self._upstream = upstream
-        self._fleet = fleet
+        self._adapters = adapters
         self._admin_token = admin_token
         self._limits = limits or Limits()
         self.metrics = Metrics()
@@ -115,16 +115,16 @@ class FrontDoor:
         self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
         yield
         await self._session.close()
-        await self._fleet.close()
+        await self._adapters.close()
 
     def _answering(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-        """Returns a handler whose NotAccepted is the answer."""
+        """Returns a handler whose RequestRejected is the answer."""
 
         async def answering(request: web.Request) -> web.StreamResponse:
             try:
                 return await handle(request)
-            except NotAccepted as error:
-                return self._refused(request, error.answer)
+            except RequestRejected as error:
+                return self._refused(request, error.response)
 
         return answering
 
@@ -140,10 +140,10 @@ class FrontDoor:
     @contextmanager
     def _place(self) -> Iterator[None]:
         if self.stopping:
-            raise NotAccepted(Answer(503, "the server is stopping", 5))
+            raise rejection(503, "the server is stopping", 5)
         if self._in_flight >= self._limits.in_flight:
             busy = f"{self._in_flight} requests are in flight, as many as are taken: ask again"
-            raise NotAccepted(Answer(429, busy, 1))
+            raise rejection(429, busy, 1)
         self._in_flight += 1
         self.metrics.in_flight.set(self._in_flight)
         try:
@@ -154,7 +154,7 @@ class FrontDoor:
 
     async def _adapted(self, request: web.Request) -> web.StreamResponse:
         text = await self._body(request)
-        with self._fleet.using(adapter_of(request.path, text)) as adapter:
+        with self._adapters.using(adapter_of(request.path, text)) as adapter:
             self.metrics.asked(adapter)
             return await self._forwarded(request, text)
 
@@ -166,15 +166,15 @@ class FrontDoor:
             async with asyncio.timeout(self._limits.upload_s):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge as error:
-            raise NotAccepted(Answer(413, f"the request has more than {self._limits.body_bytes} bytes")) from error
+            raise rejection(413, f"the request has more than {self._limits.body_bytes} bytes") from error
         except TimeoutError as error:
             late = f"the request was not here whole after {self._limits.upload_s:g} s"
-            raise NotAccepted(Answer(408, late)) from error
+            raise rejection(408, late) from error
 
-    def _refused(self, request: web.Request, answer: Answer, status: str = "") -> web.Response:
+    def _refused(self, request: web.Request, error: ErrorResponse, status: str = "") -> web.Response:
         """Returns an error in place of TGI's answer, and counts it."""
-        self.metrics.answered(status or str(answer.status))
-        return _said(request, answer)
+        self.metrics.answered(status or str(error.status))
+        return _error_response(request, error)
 
     async def _forwarded(self, request: web.Request, text: bytes) -> web.StreamResponse:
         """Returns TGI's answer, passed on piece by piece as it comes."""
@@ -203,24 +203,26 @@ class FrontDoor:
                 return response
             late = isinstance(error, asyncio.TimeoutError)
             if late:
-                silent = Answer(504, f"TGI said nothing for {self._limits.silence_s:g} s")
+                silent = ErrorResponse(504, f"TGI said nothing for {self._limits.silence_s:g} s")
                 return self._refused(request, silent, "upstream")
-            return self._refused(request, Answer(502, f"TGI's router does not answer: {error}", 5), "upstream")
+            return self._refused(request, ErrorResponse(502, f"TGI's router does not answer: {error}", 5), "upstream")
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in self._fleet.names()]
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in self._adapters.names()
+        ]
         return web.json_response({"object": "list", "data": models})
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         if self.stopping:
-            return _said(request, Answer(503, "the server is stopping"))
-        if not await self._fleet.start():
-            return _said(request, Answer(503, "the server is starting", 2))
+            return _error_response(request, ErrorResponse(503, "the server is stopping"))
+        if not await self._adapters.start():
+            return _error_response(request, ErrorResponse(503, "the server is starting", 2))
         return await self._forwarded(request, b"")
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         assert self._session is not None
-        ours = self.metrics.text(await self._fleet.statistics())
+        ours = self.metrics.text(await self._adapters.statistics())
         try:
             async with self._session.get(self._upstream + "/metrics") as answer:
                 theirs = await answer.read() if answer.status == 200 else b""
@@ -231,21 +233,23 @@ class FrontDoor:
     def _admin(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
         async def checked(request: web.Request) -> web.StreamResponse:
             if not self._admin_token:
-                return _said(request, Answer(403, "set PREFT_ADMIN_TOKEN to manage adapters while the server runs"))
+                return _error_response(
+                    request, ErrorResponse(403, "set PREFT_ADMIN_TOKEN to manage adapters while the server runs")
+                )
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
             # a header may have bytes that are no UTF-8
             if not hmac.compare_digest(given.encode(errors="surrogateescape"), self._admin_token.encode()):
-                return _said(request, Answer(401, "give PREFT_ADMIN_TOKEN as a bearer token"))
+                return _error_response(request, ErrorResponse(401, "give PREFT_ADMIN_TOKEN as a bearer token"))
             try:
                 return await handle(request)
-            except NotAccepted as error:
-                return _said(request, error.answer)
+            except RequestRejected as error:
+                return _error_response(request, error.response)
 
         return checked
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
-        await self._fleet.start()
-        return web.json_response({"adapters": self._fleet.ready})
+        await self._adapters.start()
+        return web.json_response({"adapters": self._adapters.ready})
 
     async def _add(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -254,15 +258,17 @@ class FrontDoor:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             name = location = None
         if not isinstance(name, str) or not isinstance(location, str):
-            return _said(request, Answer(422, 'give {"id": "acme", "location": "org/name@revision or a directory"}'))
-        if not await self._fleet.start():
-            return _said(request, Answer(503, "the server is starting", 2))
-        await self._fleet.add(name, location)
-        return web.json_response({"id": name, **self._fleet.ready.get(name, {})}, status=201)
+            return _error_response(
+                request, ErrorResponse(422, 'give {"id": "acme", "location": "org/name@revision or a directory"}')
+            )
+        if not await self._adapters.start():
+            return _error_response(request, ErrorResponse(503, "the server is starting", 2))
+        await self._adapters.add(name, location)
+        return web.json_response({"id": name, **self._adapters.ready.get(name, {})}, status=201)
 
     async def _remove(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        at_once = await self._fleet.remove(name)
+        at_once = await self._adapters.remove(name)
         state = "removed" if at_once else "leaving when its requests have ended"
         return web.json_response({"id": name, "state": state}, status=200 if at_once else 202)
 
@@ -273,13 +279,13 @@ def _kept(headers: Mapping[str, str]) -> CIMultiDict[str]:
     return CIMultiDict((n, v) for n, v in headers.items() if n.lower() not in HOP_BY_HOP | named)
 
 
-def _said(request: web.Request, answer: Answer) -> web.Response:
+def _error_response(request: web.Request, error: ErrorResponse) -> web.Response:
     """Returns an error in the form of the route: OpenAI's, or TGI's."""
     kinds = {401: "authentication", 404: "not_found", 422: "validation", 429: "overloaded", 503: "overloaded"}
-    kind = kinds.get(answer.status, "generation")
+    kind = kinds.get(error.status, "generation")
     if request.path.startswith("/v1/"):
-        body: dict[str, Any] = {"error": {"message": answer.message, "type": kind, "code": answer.status}}
+        body: dict[str, Any] = {"error": {"message": error.message, "type": kind, "code": error.status}}
     else:
-        body = {"error": answer.message, "error_type": kind}
-    headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
-    return web.json_response(body, status=answer.status, headers=headers)
+        body = {"error": error.message, "error_type": kind}
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return web.json_response(body, status=error.status, headers=headers)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from tgi_patch.gateway.errors import Answer, NotAccepted
+from tgi_patch.gateway.errors import rejection
 
 GENERATE = ("/", "/generate", "/generate_stream")
 OPENAI = ("/v1/chat/completions", "/v1/completions")
@@ -18,29 +18,29 @@ def adapter_of(path: str, text: bytes) -> str | None:
     stand anywhere in it.
 
     Raises:
-        NotAccepted: 400 for what is no JSON, 422 for what may name an adapter in a way that is not read here.
+        RequestRejected: 400 for what is no JSON, 422 for what may name an adapter in a way that is not read here.
     """
     try:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise NotAccepted(Answer(400, f"the request's body is no JSON: {error}")) from error
+        raise rejection(400, f"the request's body is no JSON: {error}") from error
     if not isinstance(body, dict):
-        raise NotAccepted(Answer(422, f"the request's body is {_kind(body)}: give an object"))
+        raise rejection(422, f"the request's body is {_kind(body)}: give an object")
     names = []
     if path not in OPENAI:
         parameters = body.get("parameters")
         if not isinstance(parameters, (dict, type(None))):
-            raise NotAccepted(Answer(422, f"parameters is {_kind(parameters)}: give an object"))
+            raise rejection(422, f"parameters is {_kind(parameters)}: give an object")
         names.append((parameters or {}).get("adapter_id"))
     if path not in GENERATE:
         names.append(body.get("model"))
     for name in names:
         if not isinstance(name, (str, type(None))):
-            raise NotAccepted(Answer(422, f"the adapter's id is {name!r}: give a text"))
+            raise rejection(422, f"the adapter's id is {name!r}: give a text")
     given = {name for name in names if name is not None}
     if len(given) > 1:
         both = " and ".join(map(repr, sorted(given)))
-        raise NotAccepted(Answer(422, f"the body names two adapters, {both}: name one"))
+        raise rejection(422, f"the body names two adapters, {both}: name one")
     return given.pop() if given else None
 
 

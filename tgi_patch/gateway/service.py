@@ -1,4 +1,4 @@
-"""The whole service: adapters looked up once, TGI's launcher on an inner port, the front door on the public one."""
+"""The whole service: adapters looked up once, TGI's launcher on an inner port, the gateway on the public one."""
 
 import asyncio
 import ctypes
@@ -15,8 +15,8 @@ from aiohttp import web
 
 from preft_core.format.config import AdapterError
 from preft_core.hub.source import find_all
-from tgi_patch.gateway.adapters import Fleet
-from tgi_patch.gateway.proxy import FrontDoor
+from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.proxy import Gateway
 from tgi_patch.settings import (
     Settings,
     SettingsError,
@@ -30,7 +30,7 @@ from tgi_patch.settings import (
 
 LAUNCHER = "text-generation-launcher"
 READ = {"--model-id", "--num-shard", "--sharded", "--lora-adapters"}
-"""Arguments of the launcher that the front door goes by as well."""
+"""Arguments of the launcher that the gateway goes by as well."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
     Attributes:
         command: the launcher's, with an inner port on loopback
         environment: the launcher's
-        host, port: of the front door
+        host, port: of the gateway
         upstream: URL of the router
         base_ids: names of the base model
         others: ids of TGI's own LORA_ADAPTERS
@@ -79,7 +79,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def make_plan(settings: Settings, arguments: Sequence[str], environment: dict[str, str]) -> Plan:
-    """Returns how to start the launcher behind the front door.
+    """Returns how to start the launcher behind the gateway.
 
     Raises:
         SettingsError: arguments or variables that cannot be followed.
@@ -130,9 +130,9 @@ def pinned(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
 
 
 async def _run(settings: Settings, plan: Plan) -> int:
-    fleet = Fleet(settings, plan.world_size, plan.base_ids, plan.others)
-    door = FrontDoor(plan.upstream, fleet, settings.admin_token)
-    runner = web.AppRunner(door.application(), handler_cancellation=True, access_log=None)
+    adapters = AdapterManager(settings, plan.world_size, plan.base_ids, plan.others)
+    gateway = Gateway(plan.upstream, adapters, settings.admin_token)
+    runner = web.AppRunner(gateway.application(), handler_cancellation=True, access_log=None)
     await runner.setup()
     try:
         await web.TCPSite(runner, plan.host, plan.port).start()
@@ -147,12 +147,12 @@ async def _run(settings: Settings, plan: Plan) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    watch = asyncio.create_task(fleet.watch())
+    watch = asyncio.create_task(adapters.watch())
     ended = asyncio.create_task(launcher.wait())
     asked = asyncio.create_task(stopped.wait())
     await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
     if asked.done() and not ended.done():
-        if not await door.drained():
+        if not await gateway.drained():
             print("preft: requests were still in flight when the time to end them was over", file=sys.stderr)
         launcher.terminate()
     status = await ended
@@ -163,7 +163,7 @@ async def _run(settings: Settings, plan: Plan) -> int:
 
 
 def _end_with_parent() -> None:
-    """Has the kernel end the launcher when this process is killed: its port would stay taken, with no front door."""
+    """Has the kernel end the launcher when this process is killed: its port would stay taken, with no gateway."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""The front door and the fleet without TGI: a small upstream on loopback, shards that are functions."""
+"""The gateway and the adapters without TGI: a small upstream on loopback, shards that are functions."""
 
 import asyncio
 import json
@@ -8,15 +8,15 @@ from aiohttp import web
 
 from preft_core.format.config import AdapterError
 from preft_core.pool.layout import Bucket
-from tests.tgi.gateways import Shards, answering_after, door, generate, run
-from tgi_patch.gateway import adapters as fleet_module
+from tests.tgi.gateways import Shards, answering_after, gateway, generate, run
+from tgi_patch.gateway import adapters as adapters_module
 from tgi_patch.gateway.proxy import Limits
 from tgi_patch.settings import Settings
 
 
 def test_what_is_known_passes_unchanged():
     async def check():
-        async with door(Shards()) as client:
+        async with gateway(Shards()) as client:
             for adapter in (None, "", "tgi", "meta/base", "acme", "all-token"):
                 response = await generate(client, adapter)
                 assert (response.status, await response.json()) == (200, {"generated_text": "said"})
@@ -36,7 +36,7 @@ def test_what_is_known_passes_unchanged():
 
 def test_what_is_unknown_is_answered_in_the_form_of_its_route():
     async def check():
-        async with door(Shards()) as client:
+        async with gateway(Shards()) as client:
             for path in ("/generate", "/", "/generate_stream", "/invocations"):
                 response = await generate(client, "nobody", path)
                 assert response.status == 404
@@ -57,7 +57,7 @@ def test_limits():
 
     async def check():
         limits = Limits(body_bytes=100, in_flight=1, silence_s=0.3, drain_s=0.2)
-        async with door(Shards(), limits=limits, upstream=answering_after(held)) as client:
+        async with gateway(Shards(), limits=limits, upstream=answering_after(held)) as client:
             assert (await client.post("/generate", data=b"x" * 200)).status == 413
             first = asyncio.ensure_future(generate(client, "acme"))
             await asyncio.sleep(0.05)
@@ -65,7 +65,7 @@ def test_limits():
             assert (await first).status == 504
             first = asyncio.ensure_future(generate(client, "acme"))
             await asyncio.sleep(0.05)
-            assert not await client.door.drained()
+            assert not await client.gateway.drained()
             assert (await generate(client, "acme")).status == 503
             assert (await client.get("/health")).status == 503
             first.cancel()
@@ -82,7 +82,7 @@ def test_an_upstream_that_breaks_off_breaks_the_stream_off():
         return response
 
     async def check():
-        async with door(Shards(), upstream=broken) as client:
+        async with gateway(Shards(), upstream=broken) as client:
             response = await generate(client, "acme", "/generate_stream")
             with pytest.raises(Exception, match=r"payload|closed|reset|disconnected"):
                 await response.text()
@@ -94,7 +94,7 @@ def test_shards_that_are_not_up_yet():
     async def check():
         shards = Shards()
         shards.down = True
-        async with door(shards) as client:
+        async with gateway(shards) as client:
             assert (await client.get("/health")).status == 503
             response = await generate(client, "acme")
             assert (response.status, response.headers["Retry-After"]) == (503, "2")
@@ -131,11 +131,11 @@ def test_adapters_of_allowed_organisations_are_loaded_when_they_are_asked_for(mo
             raise AdapterError("cannot be had from the Hub") from ConnectionError("no way")
         return Source(location)
 
-    monkeypatch.setattr(fleet_module, "find_adapter", find)
+    monkeypatch.setattr(adapters_module, "find_adapter", find)
 
     async def check():
         shards = Shards()
-        async with door(shards, lazy(max_adapters=4)) as client:
+        async with gateway(shards, lazy(max_adapters=4)) as client:
             responses = await asyncio.gather(*(generate(client, "acme/new") for _ in range(5)))
             assert {response.status for response in responses} <= {503, 200}
             assert responses[0].headers["Retry-After"] == "2"
@@ -162,11 +162,11 @@ def test_adapters_of_allowed_organisations_are_loaded_when_they_are_asked_for(mo
 
 
 def test_the_longest_unused_goes_when_there_are_too_many(monkeypatch):
-    monkeypatch.setattr(fleet_module, "find_adapter", Source)
+    monkeypatch.setattr(adapters_module, "find_adapter", Source)
 
     async def check():
         shards = Shards()
-        async with door(shards, lazy(max_adapters=3)) as client:
+        async with gateway(shards, lazy(max_adapters=3)) as client:
             for name in ("acme/one", "acme/two", "acme/one", "acme/three"):
                 while (await generate(client, name)).status == 503:
                     await asyncio.sleep(0.01)
@@ -178,7 +178,7 @@ def test_the_longest_unused_goes_when_there_are_too_many(monkeypatch):
 
 
 def test_admin_routes(monkeypatch):
-    monkeypatch.setattr(fleet_module, "find_adapter", Source)
+    monkeypatch.setattr(adapters_module, "find_adapter", Source)
     held = asyncio.Event()
 
     async def slow(request):
@@ -187,7 +187,7 @@ def test_admin_routes(monkeypatch):
 
     async def check():
         shards = Shards()
-        async with door(shards, upstream=answering_after(held)) as client:
+        async with gateway(shards, upstream=answering_after(held)) as client:
             route, key = "/preft/adapters", {"Authorization": "Bearer secret"}
             assert (await client.get(route)).status == 401
             assert (await client.get(route, headers={"Authorization": "Bearer no"})).status == 401
@@ -210,7 +210,7 @@ def test_admin_routes(monkeypatch):
             assert all("late" not in known for known in shards.known)
             assert (await client.delete(route + "/late", headers=key)).status == 404
             assert (await client.delete(route + "/acme", headers=key)).status == 200
-        async with door(Shards(), token="") as client:
+        async with gateway(Shards(), token="") as client:
             assert (await client.get("/preft/adapters")).status == 403
 
     run(check())
@@ -219,7 +219,7 @@ def test_admin_routes(monkeypatch):
 def test_metrics_are_bounded():
     async def check():
         shards = Shards(known=[f"a{i}" for i in range(300)])
-        async with door(shards) as client:
+        async with gateway(shards) as client:
             for i in range(300):
                 await generate(client, f"a{i}")
             await generate(client, "nobody")

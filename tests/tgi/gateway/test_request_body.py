@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tgi_patch.gateway.errors import NotAccepted
+from tgi_patch.gateway.errors import RequestRejected
 from tgi_patch.gateway.request_body import adapter_of
 from tgi_patch.gateway.service import make_plan
 from tgi_patch.settings import Settings, SettingsError, control_directory, private_directory
@@ -28,7 +28,7 @@ def test_every_form_that_the_router_takes():
     assert read("/invocations", {"inputs": "x", "parameters": {"adapter_id": "a"}}) == "a"
     assert read("/invocations", {"messages": [], "model": "a"}) == "a"
     assert read("/invocations", {"prompt": "x", "model": "a", "parameters": {"adapter_id": "a"}}) == "a"
-    with pytest.raises(NotAccepted, match="names two adapters, 'a' and 'b'"):
+    with pytest.raises(RequestRejected, match="names two adapters, 'a' and 'b'"):
         read("/invocations", {"prompt": "x", "model": "b", "parameters": {"adapter_id": "a"}})
 
 
@@ -47,7 +47,7 @@ def test_no_array_stands_for_an_object(path, body):
     """serde reads an array as an object's fields in their order, so an id may stand at any place of one."""
     try:
         name = read(path, body)
-    except NotAccepted:
+    except RequestRejected:
         return
     assert isinstance(body, dict)
     seen = {body.get("model")} if path.startswith("/v1/") else set()
