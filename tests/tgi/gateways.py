@@ -7,6 +7,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.connections import SERVER_OPTIONS
 from tgi_patch.gateway.proxy import Gateway
 from tgi_patch.settings import Settings
 
@@ -70,14 +71,22 @@ async def gateway(shards, settings=None, limits=None, upstream=None, token="secr
 
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", upstream or answer)
-    async with TestServer(application) as server:
+    server = TestServer(application)
+    # as TGI's router, which has no limit of 8 KB
+    await server.start_server(max_line_size=1 << 20, max_field_size=1 << 20)
+    async with server:
         settings = settings or Settings(adapters={"acme": "org/acme"}, base_models=("meta/base",))
         adapters = AdapterManager(settings, 2, {"meta/base"}, {"all-token"}, ask=shards.ask)
         await adapters.start()
         made = Gateway(str(server.make_url("")).rstrip("/"), adapters, token, limits)
-        async with TestClient(TestServer(made.application())) as client:
+        public = TestServer(made.application())
+        # the test server sets handler_cancellation itself
+        await public.start_server(**{n: v for n, v in SERVER_OPTIONS.items() if n != "handler_cancellation"})
+        watch = asyncio.create_task(made.connections.watch(public.runner.server, period_s=0.05))
+        async with TestClient(public) as client:
             client.seen, client.adapters, client.gateway = seen, adapters, made
             yield client
+        watch.cancel()
 
 
 def answering_after(event):

@@ -1,11 +1,11 @@
-"""What the gateway counts, for Prometheus."""
+"""The gateway's counters, for Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 MAX_ADAPTER_LABELS = 200
-"""Adapters that get a label of their own; the requests of others are counted together as "other"."""
+"""Adapters that get their own label; the requests of all others are counted together as "other"."""
 GAUGES = {
-    "adapters": "Adapters that are known",
+    "adapters": "Registered adapters",
     "slots": "Slots for adapters on the device",
     "slots_used": "Slots that hold an adapter",
     "slot_bytes": "Bytes of the slots",
@@ -29,28 +29,28 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._asked = Counter("preft_requests", "Requests passed on", ["adapter"], registry=self._registry)
-        self._answered = Counter("preft_refused", "Requests answered here", ["status"], registry=self._registry)
-        self.in_flight = Gauge("preft_requests_in_flight", "Requests being served", registry=self._registry)
+        self._forwarded = Counter("preft_requests", "Requests forwarded to TGI", ["adapter"], registry=self._registry)
+        self._rejected = Counter("preft_refused", "Requests rejected here", ["status"], registry=self._registry)
+        self.in_flight = Gauge("preft_requests_in_flight", "Requests in flight", registry=self._registry)
         self._shard = {name: Gauge(f"preft_{name}", text, registry=self._registry) for name, text in GAUGES.items()}
         self._labels: set[str] = set()
 
-    def asked(self, adapter: str | None) -> None:
-        """Counts a request that is passed on. None is the base model."""
+    def forwarded(self, adapter: str | None) -> None:
+        """Counts a request that is forwarded to TGI. None is the base model."""
         label = adapter or "__base__"
         if label not in self._labels:
             if len(self._labels) >= MAX_ADAPTER_LABELS:
                 label = "other"
             else:
                 self._labels.add(label)
-        self._asked.labels(label).inc()
+        self._forwarded.labels(label).inc()
 
-    def answered(self, status: str) -> None:
-        """Counts a request that was not."""
-        self._answered.labels(status).inc()
+    def rejected(self, status: str) -> None:
+        """Counts a request that the gateway rejected."""
+        self._rejected.labels(status).inc()
 
     def text(self, statistics: dict[str, float]) -> bytes:
-        """Returns all in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         for name, gauge in self._shard.items():
             if name in statistics:
                 gauge.set(statistics[name])

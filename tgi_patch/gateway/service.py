@@ -16,6 +16,7 @@ from aiohttp import web
 from preft_core.format.config import AdapterError
 from preft_core.hub.source import find_all
 from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.connections import SERVER_OPTIONS
 from tgi_patch.gateway.proxy import Gateway
 from tgi_patch.settings import (
     Settings,
@@ -132,7 +133,7 @@ def pinned(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
 async def _run(settings: Settings, plan: Plan) -> int:
     adapters = AdapterManager(settings, plan.world_size, plan.base_ids, plan.others)
     gateway = Gateway(plan.upstream, adapters, settings.admin_token)
-    runner = web.AppRunner(gateway.application(), handler_cancellation=True, access_log=None)
+    runner = web.AppRunner(gateway.application(), **SERVER_OPTIONS)
     await runner.setup()
     try:
         await web.TCPSite(runner, plan.host, plan.port).start()
@@ -147,7 +148,8 @@ async def _run(settings: Settings, plan: Plan) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    watch = asyncio.create_task(adapters.watch())
+    assert runner.server is not None
+    watches = [asyncio.create_task(adapters.watch()), asyncio.create_task(gateway.connections.watch(runner.server))]
     ended = asyncio.create_task(launcher.wait())
     asked = asyncio.create_task(stopped.wait())
     await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,7 +158,7 @@ async def _run(settings: Settings, plan: Plan) -> int:
             print("preft: requests were still in flight when the time to end them was over", file=sys.stderr)
         launcher.terminate()
     status = await ended
-    for task in (watch, asked):
+    for task in (*watches, asked):
         task.cancel()
     await runner.cleanup()
     return 0 if stopped.is_set() else status if status >= 0 else 128 - status

@@ -10,7 +10,7 @@ from preft_core.format.config import AdapterError
 from preft_core.pool.layout import Bucket
 from tests.tgi.gateways import Shards, answering_after, gateway, generate, run
 from tgi_patch.gateway import adapters as adapters_module
-from tgi_patch.gateway.proxy import Limits
+from tgi_patch.gateway.connections import Limits
 from tgi_patch.settings import Settings
 
 
@@ -56,7 +56,7 @@ def test_limits():
     held = asyncio.Event()
 
     async def check():
-        limits = Limits(body_bytes=100, in_flight=1, silence_s=0.3, drain_s=0.2)
+        limits = Limits(body_bytes=100, in_flight=1, upstream_s=0.3, drain_s=0.2)
         async with gateway(Shards(), limits=limits, upstream=answering_after(held)) as client:
             assert (await client.post("/generate", data=b"x" * 200)).status == 413
             first = asyncio.ensure_future(generate(client, "acme"))

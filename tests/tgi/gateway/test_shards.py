@@ -10,7 +10,7 @@ import pytest
 from preft_core.format.config import AdapterError, HubError
 from tests.tgi.gateways import Shards, answering_after, gateway, generate, run
 from tgi_patch.gateway import adapters as adapters_module
-from tgi_patch.gateway.proxy import Limits
+from tgi_patch.gateway.connections import Limits
 from tgi_patch.server.control import ControlServer, ask
 from tgi_patch.server.registry import AdapterTaken, UnknownAdapter
 from tgi_patch.settings import Settings
