@@ -17,6 +17,11 @@ FIXES = ("graphs", "names", "rows", "options", "unknown")
 DEFAULT_PREFIX_TOKENS = 16_384
 BASE_IDS = frozenset({"", "tgi", "__base_model__"})
 """Adapter ids that stand for the base model, beside the served model's own."""
+# what Kubernetes sets in every pod for a Service called preft or preft-x
+_SERVICE_LINK = re.compile(
+    r"PREFT_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://\S+")
 _ENTRY = re.compile(r"([^=@]+)(?:=([^@]+))?(?:@(.+))?")
 
 
@@ -49,6 +54,13 @@ def check_ids(adapters: Iterable[str], base_ids: set[str], others: set[str]) -> 
     faults += [f"{', '.join(twice)} is in LORA_ADAPTERS too"] if twice else []
     if faults:
         raise SettingsError(f"PREFT_ADAPTERS: {'; '.join(faults)}: give the adapter another id")
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Returns whether Kubernetes set a variable for a Service whose name begins with preft."""
+    return _SERVICE_LINK.fullmatch(name) is not None or (
+        name.startswith("PREFT_") and name.endswith("_PORT") and _SERVICE_URL.fullmatch(value.strip()) is not None
+    )
 
 
 def private_directory(directory: Path) -> Path:
@@ -94,6 +106,8 @@ class Settings:
         control: PREFT_CONTROL_DIR, directory of the sockets on which the processes of one service take adapters
         admin_token: PREFT_ADMIN_TOKEN; empty turns the admin routes off
         fixes: PREFT_LORA_FIXES, of FIXES; those that are left out are as in TGI
+        host: PREFT_HOST, address that the gateway listens on; --hostname sets it too
+        router_port: PREFT_ROUTER_PORT, port of TGI's router on loopback; None is the public port plus or minus 10000
     """
 
     disabled: bool = False
@@ -110,6 +124,8 @@ class Settings:
     control: Path = field(default_factory=control_directory)
     admin_token: str = field(default="", repr=False)
     fixes: tuple[str, ...] = FIXES
+    host: str = "0.0.0.0"
+    router_port: int | None = None
 
     @property
     def active(self) -> bool:
@@ -125,8 +141,10 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """
     faults: list[str] = []
     reader = _Reader(environment, faults)
+    if reader.flag("PREFT_DISABLE"):
+        # the kill switch works whatever else is wrong
+        return Settings(disabled=True)
     settings = Settings(
-        disabled=reader.flag("PREFT_DISABLE"),
         adapters=_adapters(reader),
         reserve=_reserve(reader),
         slots=reader.number("PREFT_SLOTS", None, 1, 1 << 20),
@@ -140,6 +158,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         control=Path(reader.text("PREFT_CONTROL_DIR") or control_directory()),
         admin_token=reader.text("PREFT_ADMIN_TOKEN"),
         fixes=_fixes(reader),
+        host=reader.text("PREFT_HOST") or Settings.host,
+        router_port=reader.number("PREFT_ROUTER_PORT", None, 1, 65_535),
     )
     if settings.lazy and not settings.organisations:
         faults.append(
@@ -186,8 +206,8 @@ def parse_adapters(text: str) -> dict[str, str]:
 
 class _Reader:
     def __init__(self, environment: Mapping[str, str], faults: list[str]):
-        self._environment = environment
-        self._read = {"PREFT_ROUTER_PORT", "PREFT_FRONT_HOST", "PREFT_TGI_PYTHON", "PREFT_CACHE"}
+        self._environment = {n: v for n, v in environment.items() if not is_service_link(n, v)}
+        self._read = {"PREFT_TGI_PYTHON", "PREFT_CACHE"}
         self.faults = faults
 
     def text(self, name: str) -> str:
@@ -218,7 +238,7 @@ class _Reader:
     def check_unknown(self) -> None:
         known = sorted(self._read)
         self.faults += [
-            f"{name} is no variable of ours: {', '.join(known)}"
+            f"{name} is not a variable of PreFT: remove it, or use one of {', '.join(known)}"
             for name in sorted(self._environment)
             if name.startswith("PREFT_") and name not in self._read
         ]

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from tgi_patch.gateway.errors import RequestRejected
 from tgi_patch.gateway.request_body import adapter_of
-from tgi_patch.gateway.service import make_plan
-from tgi_patch.settings import Settings, SettingsError, control_directory, private_directory
+from tgi_patch.settings import SettingsError, control_directory, private_directory
 
 PATHS = ("/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions", "/invocations")
 SECRET = "other-users-adapter"
@@ -57,35 +56,6 @@ def test_no_array_stands_for_an_object(path, body):
     if path == "/invocations":
         seen.add(body.get("model"))
     assert seen - {None} == {name} - {None}
-
-
-def plan(*arguments, adapters=("acme",), **environment):
-    return make_plan(Settings(adapters={name: f"/{name}" for name in adapters}), arguments, environment)
-
-
-def test_the_launchers_arguments_are_read_as_the_launcher_reads_them():
-    made = plan("--model-id", "org/m", "--lora-adapters", "a=org/x,org/y", LORA_ADAPTERS="z")
-    assert made.others == {"a", "org/y"}
-    assert made.command[1:5] == ["--model-id", "org/m", "--lora-adapters", "a=org/x,org/y"]
-    assert plan(LORA_ADAPTERS="z").others == {"z"}
-    gpus = {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert plan(**gpus).world_size == 2
-    for form in (("--sharded", "false"), ("--sharded=false",)):
-        assert plan(*form, **gpus).world_size == 1
-    assert plan(SHARDED="false", **gpus).world_size == 1
-    assert plan("--sharded", "false", "--num-shard", "2", **gpus).world_size == 2
-    for form in (("-p8080",), ("-p", "8080"), ("-p=8080",), ("--port=8080",)):
-        made = plan(*form)
-        assert (made.port, made.command[1:]) == (8080, ["--port", "18080", "--hostname", "127.0.0.1"])
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("tgi", "stands for the base"), ("org/m", "stands for the base"), ("x", "x is in LORA_ADAPTERS too")],
-)
-def test_ids_that_stand_for_something_else_are_refused_at_the_start(name, said):
-    with pytest.raises(SettingsError, match=f"{said}.*another id"):
-        plan("--model-id", "org/m", adapters=("acme", name), LORA_ADAPTERS="x=org/x")
 
 
 def test_the_control_directory_is_ones_own(tmp_path):
