@@ -46,7 +46,7 @@ class AdminRoutes:
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
         await self._adapters.start()
-        return web.json_response({"adapters": self._adapters.ready})
+        return web.json_response({"adapters": self._adapters.listed()})
 
     async def _add(self, request: web.Request) -> web.StreamResponse:
         text = await self._connections.body(request)
@@ -59,8 +59,8 @@ class AdminRoutes:
             raise rejection(422, 'the body must be {"id": "acme", "location": "org/name@revision or a directory"}')
         if not await self._adapters.start():
             raise rejection(503, "the server is starting", 2)
-        await self._adapters.add(name, location)
-        return web.json_response({"id": name, **self._adapters.ready.get(name, {})}, status=201)
+        facts = await self._adapters.add(name, location)
+        return web.json_response({"id": name, **facts}, status=201)
 
     async def _remove(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]

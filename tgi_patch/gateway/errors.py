@@ -1,4 +1,4 @@
-"""What a request that is not passed on is told."""
+"""Error responses: why the gateway rejects a request."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ RETRY_AFTER_S = 2
 
 @dataclass(frozen=True)
 class ErrorResponse:
-    """Why a request for an adapter is not passed on: an HTTP status and a message."""
+    """Why a request is rejected: an HTTP status and a message."""
 
     status: int
     message: str
@@ -26,7 +26,7 @@ class ErrorResponse:
 
 
 class RequestRejected(Exception):
-    """A request that is answered here. `response` says how."""
+    """A request that the gateway does not forward. `response` is its response."""
 
     def __init__(self, response: ErrorResponse):
         super().__init__(response.message)
@@ -39,17 +39,21 @@ def rejection(status: int, message: str, retry_after_s: int | None = None) -> Re
 
 
 def shard_error(name: str, refusal: dict[str, Any]) -> ErrorResponse:
-    """Returns the answer to a request whose adapter a shard did not take."""
+    """Returns the response to requests for an adapter that a shard did not take."""
     status = {"taken": 409, "unknown": 404, "refused": 422}.get(refusal["kind"], 503)
     retry = RETRY_AFTER_S if status == 503 else None
     return ErrorResponse(status, f"adapter {name!r}: {refusal['error']}", retry)
 
 
-def load_error(name: str, error: AdapterError) -> ErrorResponse:
+def load_error(name: str, error: Exception) -> ErrorResponse:
     """Returns 404 for what the Hub does not have, 503 for a Hub that cannot be reached, 422 for a bad adapter."""
+    if isinstance(error, RequestRejected):
+        return error.response
+    if not isinstance(error, AdapterError):
+        return ErrorResponse(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S)
     cause = error.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    # what huggingface_hub says when it cannot reach the Hub is an EntryNotFoundError too
+    # huggingface_hub raises a subclass of EntryNotFoundError too when it cannot reach the Hub
     offline = isinstance(cause, LocalEntryNotFoundError)
     missing = isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError))
     if not offline and (missing or status in {401, 403}):

@@ -17,8 +17,8 @@ from tgi_patch.gateway.adapters import AdapterManager
 from tgi_patch.gateway.admin import AdminRoutes
 from tgi_patch.gateway.connections import Connections, Handler, Limits
 from tgi_patch.gateway.errors import ErrorResponse, RequestRejected, rejection
-from tgi_patch.gateway.metrics import Metrics
-from tgi_patch.gateway.request_body import EITHER, GENERATE, OPENAI, adapter_of
+from tgi_patch.gateway.request_body import ANY, GENERATE, OPENAI, VERTEX, adapters_of
+from tgi_patch.gateway.telemetry import Metrics
 
 NO_ADAPTER = ("/tokenize", "/chat_tokenize")
 FORWARDED_GET = ("/info", "/ping", "/docs", "/docs/{tail:.*}", "/api-doc/openapi.json")
@@ -65,14 +65,14 @@ class Gateway:
         application = web.Application(
             client_max_size=self._limits.body_bytes + 1, middlewares=[self._errors, self.connections.middleware]
         )
-        for path in (*GENERATE, *OPENAI, *EITHER):
+        for path in (*GENERATE, *OPENAI, *ANY, *VERTEX):
             application.router.add_post(path, self._generate)
         for path in NO_ADAPTER:
             application.router.add_post(path, self._tokenize)
         for path in FORWARDED_GET:
             application.router.add_get(path, self._get)
         # a browser's preflight request: the router answers it
-        for path in (*GENERATE, *OPENAI, *EITHER, *NO_ADAPTER):
+        for path in (*GENERATE, *OPENAI, *ANY, *VERTEX, *NO_ADAPTER):
             application.router.add_route("OPTIONS", path, self._get)
         application.router.add_get("/v1/models", self._models)
         application.router.add_get("/health", self._health)
@@ -129,8 +129,10 @@ class Gateway:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         with self._counted():
             body = await self.connections.body(request)
-            with self._adapters.using(adapter_of(request.path, body)) as adapter:
-                self.metrics.forwarded(adapter)
+            names = adapters_of(request.path, body)
+            with self._adapters.lease(names):
+                for name in (names - self._adapters.base_ids) or {None}:
+                    self.metrics.forwarded(name)
                 return await self._forward(request, body)
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:

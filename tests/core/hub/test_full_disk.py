@@ -64,7 +64,7 @@ def test_a_server_goes_on_with_the_adapters_it_has(hub, small_disk, tmp_path, mo
     _, enlarge = small_disk
     publish(hub, tmp_path / "large", "large")
     monkeypatch.setattr(adapters_module, "FAILED_FOR_S", 0.0)
-    monkeypatch.setattr(adapters_module, "REFUSED_FOR_S", 1000.0)
+    monkeypatch.setattr(adapters_module, "REJECTED_FOR_S", 1000.0)
 
     async def scenario() -> None:
         shards = Shards()
@@ -75,13 +75,13 @@ def test_a_server_goes_on_with_the_adapters_it_has(hub, small_disk, tmp_path, mo
             await adapters.add("large", "org/large")
         assert (first.value.response.status, bool(first.value.response.retry_after_s)) == (503, True)
         assert "No space left on device" in first.value.response.message
-        with adapters.using("acme") as name:
-            assert name == "acme"
+        with adapters.lease({"acme"}):
+            pass
         assert all("large" not in known for known in shards.known)
         enlarge()
         await adapters.add("large", "org/large")
-        with adapters.using("large") as name:
-            assert name == "large"
+        with adapters.lease({"large"}):
+            pass
         await adapters.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60))

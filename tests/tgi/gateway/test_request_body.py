@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tgi_patch.gateway.errors import RequestRejected
-from tgi_patch.gateway.request_body import adapter_of
+from tgi_patch.gateway.request_body import adapters_of
 from tgi_patch.settings import SettingsError, control_directory, private_directory
 
 PATHS = ("/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions", "/invocations")
@@ -16,7 +16,8 @@ SECRET = "other-users-adapter"
 
 
 def read(path, body):
-    return adapter_of(path, json.dumps(body).encode())
+    names = adapters_of(path, json.dumps(body).encode())
+    return names.pop() if names else None
 
 
 def test_every_form_that_the_router_takes():
@@ -29,6 +30,18 @@ def test_every_form_that_the_router_takes():
     assert read("/invocations", {"prompt": "x", "model": "a", "parameters": {"adapter_id": "a"}}) == "a"
     with pytest.raises(RequestRejected, match="names two adapters, 'a' and 'b'"):
         read("/invocations", {"prompt": "x", "model": "b", "parameters": {"adapter_id": "a"}})
+
+
+def test_every_instance_of_vertex_is_read():
+    chat = [{"messages": [], "model": name} for name in ("a", "b", "a")]
+    plain = {"inputs": "x", "parameters": {"max_new_tokens": 3}}
+    assert adapters_of("/vertex", json.dumps({"instances": [*chat, plain]}).encode()) == {"a", "b"}
+    # TGI drops it there, and would serve the base model
+    with pytest.raises(RequestRejected, match="ignores adapter_id on /vertex"):
+        read("/vertex", {"instances": [plain, {"inputs": "x", "parameters": {"adapter_id": "a"}}]})
+    for instances in (None, {}, [["a"]], "a"):
+        with pytest.raises(RequestRejected, match="instances must be an array of objects"):
+            read("/vertex", {"instances": instances})
 
 
 values = st.recursive(

@@ -53,7 +53,7 @@ def test_ranks_with_different_weights_serve_neither():
         shards = Rewritten()
         async with gateway(shards) as client:
             response = await post(client, "new", "/data/new")
-            assert (response.status, "took different ones" in await response.text()) == (503, True)
+            assert (response.status, "read different weights" in await response.text()) == (503, True)
             assert (await generate(client, "new")).status == 503
             assert all("new" not in known for known in shards.known)
             shards.rewritten = False
@@ -102,7 +102,7 @@ def test_a_rank_that_is_late_holds_no_name_for_ever():
     run(check())
 
 
-def test_an_adapter_that_is_leaving_is_not_added_as_if_it_were_there():
+def test_an_adapter_that_is_being_removed_is_not_added_as_if_it_were_there():
     held = asyncio.Event()
 
     async def check():

@@ -1,4 +1,14 @@
-"""The gateway's counters, for Prometheus."""
+"""What an operator sees: metrics for Prometheus, and log lines in JSON for adapter events and requests."""
+
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -22,6 +32,9 @@ GAUGES = {
     "prefix_hit_tokens": "Prompt tokens that were found in it since the start",
     "prefix_evictions": "Units that made room since the start",
 }
+LOGGER = logging.getLogger("preft.events")
+_REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+_ID = re.compile(r"[\w.:-]{1,128}")
 
 
 class Metrics:
@@ -55,3 +68,31 @@ class Metrics:
             if name in statistics:
                 gauge.set(statistics[name])
         return generate_latest(self._registry)
+
+
+@contextmanager
+def request_id(given: str | None) -> Iterator[str]:
+    """Sets the request id of the log lines of this context and of the tasks that it starts.
+
+    Args:
+        given: a client's X-Request-Id; replaced if it is missing or no plain id
+    Yields: the request id.
+    """
+    token = _REQUEST_ID.set(given if given and _ID.fullmatch(given) else uuid.uuid4().hex)
+    try:
+        yield _REQUEST_ID.get()
+    finally:
+        _REQUEST_ID.reset(token)
+
+
+def log(event: str, **fields: str | float | None) -> None:
+    """Writes one log line: the time, the event, the request id if there is one, and the fields that are not None."""
+    line = {"time": round(time.time(), 3), "event": event, "request_id": _REQUEST_ID.get() or None, **fields}
+    LOGGER.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+
+
+def to_stderr() -> None:
+    """Writes the log lines of this process to stderr."""
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    LOGGER.addHandler(logging.StreamHandler(sys.stderr))
