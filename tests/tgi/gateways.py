@@ -8,7 +8,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from tgi_patch.gateway.adapters import AdapterManager
 from tgi_patch.gateway.connections import SERVER_OPTIONS
-from tgi_patch.gateway.proxy import Gateway
+from tgi_patch.gateway.proxy import Gateway, GatewayOptions
 from tgi_patch.settings import Settings
 
 
@@ -54,7 +54,7 @@ class Shards:
 
 
 @asynccontextmanager
-async def gateway(shards, settings=None, limits=None, upstream=None, token="secret"):
+async def gateway(shards, settings=None, limits=None, upstream=None, **options):
     seen = []
 
     async def answer(request):
@@ -70,6 +70,12 @@ async def gateway(shards, settings=None, limits=None, upstream=None, token="secr
         return web.json_response({"generated_text": "said"}, headers={"X-Request-Id": "7"})
 
     application = web.Application()
+    health = {"status": 200}
+
+    async def healthy(request):
+        return web.Response(**health)
+
+    application.router.add_get("/health", healthy)
     application.router.add_route("*", "/{path:.*}", upstream or answer)
     server = TestServer(application)
     # as TGI's router, which has no limit of 8 KB
@@ -78,13 +84,14 @@ async def gateway(shards, settings=None, limits=None, upstream=None, token="secr
         settings = settings or Settings(adapters={"acme": "org/acme"}, base_models=("meta/base",))
         adapters = AdapterManager(settings, 2, {"meta/base"}, {"all-token"}, ask=shards.ask)
         await adapters.start()
-        made = Gateway(str(server.make_url("")).rstrip("/"), adapters, token, limits)
+        options = GatewayOptions(**{"admin_token": "secret"} | options)
+        made = Gateway(str(server.make_url("")).rstrip("/"), adapters, options, limits)
         public = TestServer(made.application())
         # the test server sets handler_cancellation itself
         await public.start_server(**{n: v for n, v in SERVER_OPTIONS.items() if n != "handler_cancellation"})
         watch = asyncio.create_task(made.connections.watch(public.runner.server, period_s=0.05))
         async with TestClient(public) as client:
-            client.seen, client.adapters, client.gateway = seen, adapters, made
+            client.seen, client.adapters, client.gateway, client.health = seen, adapters, made, health
             yield client
         watch.cancel()
 

@@ -46,7 +46,7 @@ def test_all_of_it(tmp_path):
         ({"PREFT_SLOTS": "many"}, "PREFT_SLOTS is 'many'"),
         ({"PREFT_DISABLE": "yes"}, "PREFT_DISABLE is 'yes'"),
         ({"PREFT_ADAPTERS": "a=b=c"}, "'a=b=c' is not id"),
-        ({"PREFT_ADAPTERS": "a=x/y,a=x/z"}, "'a' is there twice"),
+        ({"PREFT_ADAPTERS": "a=x/y,a=x/z"}, "'a' is listed twice"),
         ({"PREFT_ADAPTERS": "__base__=x/y"}, "names that begin with __"),
         ({"PREFT_ADAPTERS_FILE": "nowhere.toml"}, "PREFT_ADAPTERS_FILE: nowhere.toml"),
         ({"PREFT_RESERVE": "lora:129"}, "PREFT_RESERVE has 'lora:129'"),

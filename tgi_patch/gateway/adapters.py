@@ -23,10 +23,9 @@ HUB_ID = re.compile(r"([\w][\w.-]*)/[\w][\w.-]*")
 REJECTED_FOR_S = 60.0
 """Seconds that a rejection is remembered, so that a bad adapter is not downloaded for every request."""
 FAILED_FOR_S = 5.0
-"""Seconds that a failure which may pass, such as one of the network, is remembered."""
+"""Seconds that a failure which may pass is remembered."""
 ABANDONED_FOR_S = 30.0
-"""Seconds that a request without a complete response still counts as in flight: the router may have sent its prefill
-before it noticed that the connection is closed."""
+"""Seconds that a request without a complete response still counts as in flight: its prefill may be under way."""
 WATCH_S = 2.0
 """Seconds between two checks for lost adapters."""
 MAX_REJECTED = 10_000
@@ -81,9 +80,7 @@ class AdapterManager:
         return self.started
 
     async def watch(self) -> None:
-        """Waits for the shards, then rejects adapters whose files they can no longer read. Does not return."""
-        while not await self.start():
-            await asyncio.sleep(0.5)
+        """Rejects adapters whose files the shards can no longer read. Does not return."""
         while self._settings.active:
             await asyncio.sleep(WATCH_S)
             for name, fault in (await self._shards.faults()).items():
@@ -103,8 +100,7 @@ class AdapterManager:
         adapters = [self._serving(name) for name in names if name not in self.base_ids | self._others]
         for adapter in adapters:
             adapter.in_flight += 1
-            if adapter.last_used is not None:
-                adapter.last_used = time.monotonic()
+            adapter.last_used = adapter.last_used and time.monotonic()
         try:
             yield
         except BaseException:
@@ -156,14 +152,18 @@ class AdapterManager:
             raise rejection(404, self._unknown(name))
         adapter.state = State.REMOVING
         adapter.task = asyncio.create_task(self._remove(adapter))
-        if adapter.in_flight:
-            return False
-        await adapter.task
-        return True
+        at_once = not adapter.in_flight
+        if at_once:
+            await adapter.task
+        return at_once
+
+    def base_names(self) -> list[str]:
+        """Returns the base model's ids."""
+        return sorted(self.base_ids - BASE_IDS)
 
     def names(self) -> list[str]:
         """Returns the ids that requests may name: the base model's, then those of adapters."""
-        return [*sorted(self.base_ids - BASE_IDS), *sorted({a.name for a in self._in(State.READY)} | self._others)]
+        return [*self.base_names(), *sorted({a.name for a in self._in(State.READY)} | self._others)]
 
     def listed(self) -> dict[str, dict[str, Any]]:
         """Returns id -> facts and state of the adapters that are being loaded, served or removed."""

@@ -2,6 +2,7 @@
 
 import hmac
 import json
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -19,12 +20,16 @@ class AdminRoutes:
         adapters: what they manage
         token: the bearer token that a request has to have; empty turns the routes off
         connections: reads request bodies
+        ready: returns why no adapter can be added now; empty if one can
     """
 
-    def __init__(self, adapters: AdapterManager, token: str, connections: Connections):
+    def __init__(
+        self, adapters: AdapterManager, token: str, connections: Connections, ready: Callable[[], Awaitable[str]]
+    ):
         self._adapters = adapters
         self._token = token
         self._connections = connections
+        self._ready = ready
 
     def add_to(self, application: web.Application) -> None:
         """Adds the routes to an application."""
@@ -45,7 +50,6 @@ class AdminRoutes:
         return checked
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
-        await self._adapters.start()
         return web.json_response({"adapters": self._adapters.listed()})
 
     async def _add(self, request: web.Request) -> web.StreamResponse:
@@ -57,8 +61,10 @@ class AdminRoutes:
             name = location = None
         if not isinstance(name, str) or not isinstance(location, str):
             raise rejection(422, 'the body must be {"id": "acme", "location": "org/name@revision or a directory"}')
-        if not await self._adapters.start():
-            raise rejection(503, "the server is starting", 2)
+        # an adapter that is added while TGI captures its CUDA graphs can break the start
+        reason = await self._ready()
+        if reason:
+            raise rejection(503, f"{reason}: try again", 2)
         facts = await self._adapters.add(name, location)
         return web.json_response({"id": name, **facts}, status=201)
 

@@ -60,18 +60,17 @@ class Connections:
     def __init__(self, limits: Limits):
         self._limits = limits
         # protocol -> when it has to have sent the headers of a request; infinity while a request is processed
-        self._deadlines: dict[asyncio.Protocol, float] = {}
+        self._deadlines: dict[web.RequestHandler[web.Request], float] = {}
 
     async def watch(self, server: web.Server, period_s: float = 1.0) -> None:
         """Closes late connections of a server. Does not return."""
         now = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(period_s)
-            first = now() + self._limits.header_s
-            self._deadlines = {open_now: self._deadlines.get(open_now, first) for open_now in server.connections}
             for connection in server.connections:
-                if self._deadlines[connection] <= now():
+                if self._deadlines.setdefault(connection, now() + self._limits.header_s) <= now():
                     connection.force_close()
+            self._deadlines = {c: deadline for c, deadline in self._deadlines.items() if c.transport is not None}
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from aiohttp import web
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -31,6 +32,20 @@ class RequestRejected(Exception):
     def __init__(self, response: ErrorResponse):
         super().__init__(response.message)
         self.response = response
+
+
+def http_response(error: ErrorResponse, path: str, request_id: str) -> web.Response:
+    """Returns an error in the format of the route: OpenAI's, or TGI's."""
+    kinds = {401: "authentication", 404: "not_found", 422: "validation", 429: "overloaded", 503: "overloaded"}
+    kind = kinds.get(error.status, "generation")
+    if path.startswith("/v1/"):
+        body: dict[str, Any] = {"error": {"message": error.message, "type": kind, "code": error.status}}
+    else:
+        body = {"error": error.message, "error_type": kind}
+    headers = {"X-Request-Id": request_id}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    return web.json_response(body, status=error.status, headers=headers)
 
 
 def rejection(status: int, message: str, retry_after_s: int | None = None) -> RequestRejected:

@@ -92,6 +92,9 @@ def make_plan(settings: Settings, arguments: Sequence[str], environment: dict[st
     rest, given = _split(arguments)
     port = public_port(arguments, environment)
     inner = settings.router_port or (port + 10_000 if port < 50_000 else port - 10_000)
+    if settings.admin_port in {port, inner}:
+        taken = f"{port} is the gateway's and {inner} the router's"
+        raise SettingsError(f"PREFT_ADMIN_PORT is {settings.admin_port}, and {taken}: choose another")
     model = given.get("--model-id") or environment.get("MODEL_ID") or "bigscience/bloom-560m"
     others = set(parse_adapters(given.get("--lora-adapters") or environment.get("LORA_ADAPTERS") or ""))
     limit = given.get("--payload-limit") or environment.get("PAYLOAD_LIMIT") or PAYLOAD_BYTES

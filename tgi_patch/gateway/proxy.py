@@ -5,9 +5,10 @@ checked here. Everything else, streams included, is forwarded unchanged.
 """
 
 import asyncio
+import hmac
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
 
 import aiohttp
 from aiohttp import web
@@ -16,12 +17,12 @@ from multidict import CIMultiDict
 from tgi_patch.gateway.adapters import AdapterManager
 from tgi_patch.gateway.admin import AdminRoutes
 from tgi_patch.gateway.connections import Connections, Handler, Limits
-from tgi_patch.gateway.errors import ErrorResponse, RequestRejected, rejection
+from tgi_patch.gateway.errors import RequestRejected, http_response, rejection
 from tgi_patch.gateway.request_body import ANY, GENERATE, OPENAI, VERTEX, adapters_of
-from tgi_patch.gateway.telemetry import Metrics
+from tgi_patch.gateway.telemetry import Metrics, annotate, log, request_fields
 
-NO_ADAPTER = ("/tokenize", "/chat_tokenize")
-FORWARDED_GET = ("/info", "/ping", "/docs", "/docs/{tail:.*}", "/api-doc/openapi.json")
+FORWARDED_GET = ("/info", "/docs", "/docs/{tail:.*}", "/api-doc/openapi.json")
+HEALTH = aiohttp.ClientTimeout(total=10)
 HOP_BY_HOP = {
     "connection",
     "content-length",
@@ -38,22 +39,46 @@ HOP_BY_HOP = {
 }
 
 
+@dataclass(frozen=True)
+class GatewayOptions:
+    """What an operator chose.
+
+    Attributes:
+        admin_token: for the routes under /preft/adapters; empty turns them off
+        admin_apart: those routes are on another port, see `Gateway.admin_application`
+        api_key: TGI's --api-key; empty is none
+        access_log: writes one log line for each request
+    """
+
+    admin_token: str = field(default="", repr=False)
+    admin_apart: bool = False
+    api_key: str = field(default="", repr=False)
+    access_log: bool = False
+
+
 class Gateway:
     """The proxy's application.
 
     Args:
         upstream: URL of TGI's router, without a slash at its end
         adapters: which adapters a request may name
-        admin_token: for the routes under /preft; empty turns them off
+        options: see GatewayOptions
         limits: see Limits
     """
 
-    def __init__(self, upstream: str, adapters: AdapterManager, admin_token: str = "", limits: Limits | None = None):
+    def __init__(
+        self,
+        upstream: str,
+        adapters: AdapterManager,
+        options: GatewayOptions | None = None,
+        limits: Limits | None = None,
+    ):
         self._upstream = upstream
+        self._options = options or GatewayOptions()
         self._adapters = adapters
         self._limits = limits or Limits()
         self.connections = Connections(self._limits)
-        self._admin = AdminRoutes(adapters, admin_token, self.connections)
+        self._admin = AdminRoutes(adapters, self._options.admin_token, self.connections, self.ready)
         self.metrics = Metrics()
         self._session: aiohttp.ClientSession | None = None
         self._in_flight = 0
@@ -67,18 +92,29 @@ class Gateway:
         )
         for path in (*GENERATE, *OPENAI, *ANY, *VERTEX):
             application.router.add_post(path, self._generate)
-        for path in NO_ADAPTER:
-            application.router.add_post(path, self._tokenize)
+        application.router.add_post("/tokenize", self._tokenize)
+        application.router.add_post("/chat_tokenize", self._chat_tokenize)
         for path in FORWARDED_GET:
             application.router.add_get(path, self._get)
-        # a browser's preflight request: the router answers it
-        for path in (*GENERATE, *OPENAI, *ANY, *VERTEX, *NO_ADAPTER):
+        # a browser's preflight request
+        for path in (*GENERATE, *OPENAI, *ANY, *VERTEX, "/tokenize", "/chat_tokenize"):
             application.router.add_route("OPTIONS", path, self._get)
         application.router.add_get("/v1/models", self._models)
-        application.router.add_get("/health", self._health)
+        # TGI's router serves its health under three names; SageMaker asks /ping
+        for path in ("/health", "/ping", "/"):
+            application.router.add_get(path, self._health)
+        application.router.add_get("/preft/live", self._live)
+        application.router.add_get("/preft/ready", self._ready)
         application.router.add_get("/metrics", self._metrics)
-        self._admin.add_to(application)
+        if not self._options.admin_apart:
+            self._admin.add_to(application)
         application.cleanup_ctx.append(self._connected)
+        return application
+
+    def admin_application(self) -> web.Application:
+        """Returns an application with the admin routes alone, for another port."""
+        application = web.Application(middlewares=[self._errors, self.connections.middleware])
+        self._admin.add_to(application)
         return application
 
     async def drained(self) -> bool:
@@ -100,12 +136,25 @@ class Gateway:
 
     @web.middleware
     async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Turns RequestRejected into a response, and counts it."""
-        try:
-            return await handler(request)
-        except RequestRejected as error:
-            self.metrics.rejected(str(error.response.status))
-            return _error_response(request, error.response)
+        """Turns RequestRejected into a response. Sets the request id, and writes the access log."""
+        began = asyncio.get_running_loop().time()
+        status = 499  # as other servers log a client that left
+        with request_fields(request.headers.get("X-Request-Id")) as fields:
+            try:
+                response = await handler(request)
+                status = response.status
+                return response
+            except RequestRejected as error:
+                status = error.response.status
+                self.metrics.rejected(str(status))
+                return http_response(error.response, request.path, fields["request_id"])
+            except web.HTTPException as error:
+                status = error.status
+                raise
+            finally:
+                if self._options.access_log:
+                    seconds = round(asyncio.get_running_loop().time() - began, 4)
+                    log("request", method=request.method, path=request.path, status=status, seconds=seconds)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -126,16 +175,32 @@ class Gateway:
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
 
+    def _has_key(self, request: web.Request) -> bool:
+        """Returns whether a request has the API key, compared as TGI's router does: in any case, ASCII alone."""
+        given = request.headers.get("Authorization", "")
+        wanted = f"Bearer {self._options.api_key}".lower().encode()
+        return not self._options.api_key or (given.isascii() and hmac.compare_digest(given.lower().encode(), wanted))
+
+    def _check_key(self, request: web.Request) -> None:
+        if not self._has_key(request):
+            raise rejection(401, "send the server's API key as a bearer token")
+
     async def _generate(self, request: web.Request) -> web.StreamResponse:
+        self._check_key(request)
         with self._counted():
             body = await self.connections.body(request)
             names = adapters_of(request.path, body)
+            annotate(adapter=",".join(sorted(names)))
             with self._adapters.lease(names):
-                for name in (names - self._adapters.base_ids) or {None}:
-                    self.metrics.forwarded(name)
+                self.metrics.forwarded(names - self._adapters.base_ids)
                 return await self._forward(request, body)
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        self._check_key(request)
+        return await self._chat_tokenize(request)
+
+    async def _chat_tokenize(self, request: web.Request) -> web.StreamResponse:
+        # TGI's router asks no key for it
         with self._counted():
             return await self._forward(request, await self.connections.body(request))
 
@@ -178,20 +243,48 @@ class Gateway:
             raise rejection(502, f"TGI's router does not respond: {error}", 5) from error
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        names = self._adapters.names()
+        # adapter ids are for those that may use them
+        names = self._adapters.names() if self._has_key(request) else self._adapters.base_names()
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in names]
         return web.json_response({"object": "list", "data": models})
 
-    async def _health(self, request: web.Request) -> web.StreamResponse:
+    async def ready(self) -> str:
+        """Returns why no request with an adapter can be served now; empty if it can."""
+        assert self._session is not None
         if self.stopping:
-            raise rejection(503, "the server is stopping")
-        if not await self._adapters.start():
-            raise rejection(503, "the server is starting", 2)
-        return await self._forward(request, b"")
+            return "the server is stopping"
+        try:
+            async with self._session.get(self._upstream + "/health", timeout=HEALTH) as response:
+                up = response.status == 200
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            up = False
+        if not up:
+            return "TGI is not ready"
+        return "" if await self._adapters.start() else "the adapters are not loaded yet"
+
+    async def watch(self) -> None:
+        """Waits until the service is ready, then watches its adapters. Does not return."""
+        while await self.ready():
+            await asyncio.sleep(0.5)
+        await self._adapters.watch()
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        reason = await self.ready()
+        if reason:
+            raise rejection(503, reason, 2)
+        return web.Response()
+
+    async def _live(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"live": True})
+
+    async def _ready(self, request: web.Request) -> web.StreamResponse:
+        reason = await self.ready()
+        body = {"ready": not reason, "reason": reason, "in_flight": self._in_flight}
+        return web.json_response(body, status=503 if reason else 200)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         assert self._session is not None
-        own = self.metrics.text(await self._adapters.statistics())
+        own = self.metrics.text(await self._adapters.statistics(), names=self._has_key(request))
         try:
             async with self._session.get(self._upstream + "/metrics") as response:
                 upstream = await response.read() if response.status == 200 else b""
@@ -204,15 +297,3 @@ def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Returns the headers that are forwarded, repeated ones too: all but those of the connection itself."""
     named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
     return CIMultiDict((n, v) for n, v in headers.items() if n.lower() not in HOP_BY_HOP | named)
-
-
-def _error_response(request: web.Request, error: ErrorResponse) -> web.Response:
-    """Returns an error in the format of the route: OpenAI's, or TGI's."""
-    kinds = {401: "authentication", 404: "not_found", 422: "validation", 429: "overloaded", 503: "overloaded"}
-    kind = kinds.get(error.status, "generation")
-    if request.path.startswith("/v1/"):
-        body: dict[str, Any] = {"error": {"message": error.message, "type": kind, "code": error.status}}
-    else:
-        body = {"error": error.message, "error_type": kind}
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return web.json_response(body, status=error.status, headers=headers)

@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -17,7 +19,8 @@ from preft_core.hub.source import find_all
 from tgi_patch.gateway.adapters import AdapterManager
 from tgi_patch.gateway.connections import SERVER_OPTIONS, Limits
 from tgi_patch.gateway.launcher import Plan, make_plan, normalised, public_port
-from tgi_patch.gateway.proxy import Gateway
+from tgi_patch.gateway.proxy import Gateway, GatewayOptions
+from tgi_patch.gateway.telemetry import to_stderr
 from tgi_patch.settings import Settings, SettingsError, control_directory, private_directory, read_settings
 
 
@@ -55,36 +58,65 @@ def pinned(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
 
 async def _run(settings: Settings, plan: Plan) -> int:
     adapters = AdapterManager(settings, plan.world_size, plan.base_ids, plan.others)
-    gateway = Gateway(plan.upstream, adapters, settings.admin_token, Limits(body_bytes=plan.body_bytes))
-    runner = web.AppRunner(gateway.application(), **SERVER_OPTIONS)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, plan.host, plan.port).start()
-        launcher = await asyncio.create_subprocess_exec(
-            *plan.command, env=plan.environment, preexec_fn=_end_with_parent if sys.platform == "linux" else None
-        )
-    except OSError as error:
-        print(f"preft: {error}", file=sys.stderr)
-        await runner.cleanup()
-        return 2
+    options = GatewayOptions(
+        admin_token=settings.admin_token,
+        admin_apart=settings.admin_port is not None,
+        api_key=plan.api_key,
+        access_log=settings.access_log,
+    )
+    limits = Limits(body_bytes=plan.body_bytes, upstream_s=settings.timeout_s)
+    gateway = Gateway(plan.upstream, adapters, options, limits)
+    to_stderr()
     stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with AsyncExitStack() as stack:
+        try:
+            await _listen(stack, gateway, gateway.application(), plan.host, plan.port)
+            if settings.admin_port is not None:
+                await _listen(stack, gateway, gateway.admin_application(), plan.host, settings.admin_port)
+            launcher = await asyncio.create_subprocess_exec(
+                *plan.command,
+                env=plan.environment,
+                # a signal to this process group, such as Ctrl-C, must not stop TGI before requests have finished
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        except OSError as error:
+            print(f"preft: {error}", file=sys.stderr)
+            return 2
+        _background(stack, gateway.watch())
+        status = await _until_stopped(gateway, launcher, stopped)
+    return 0 if stopped.is_set() else status if status >= 0 else 128 - status
+
+
+async def _listen(stack: AsyncExitStack, gateway: Gateway, application: web.Application, host: str, port: int) -> None:
+    runner = web.AppRunner(application, **SERVER_OPTIONS)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, host, port).start()
     assert runner.server is not None
-    watches = [asyncio.create_task(adapters.watch()), asyncio.create_task(gateway.connections.watch(runner.server))]
+    _background(stack, gateway.connections.watch(runner.server))
+
+
+def _background(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine until the stack is closed."""
+    stack.callback(asyncio.create_task(work).cancel)
+
+
+async def _until_stopped(gateway: Gateway, launcher: asyncio.subprocess.Process, stopped: asyncio.Event) -> int:
+    """Waits for the launcher to exit, or for a signal and then for the requests in flight. Returns its exit status."""
     ended = asyncio.create_task(launcher.wait())
-    asked = asyncio.create_task(stopped.wait())
-    await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
-    if asked.done() and not ended.done():
+    signalled = asyncio.create_task(stopped.wait())
+    await asyncio.wait({ended, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if stopped.is_set():
         if not await gateway.drained():
             print("preft: requests were still in flight when the time to finish them was over", file=sys.stderr)
-        launcher.terminate()
-    status = await ended
-    for task in (*watches, asked):
-        task.cancel()
-    await runner.cleanup()
-    return 0 if stopped.is_set() else status if status >= 0 else 128 - status
+        # the launcher may have had the signal too, and have exited
+        with suppress(ProcessLookupError):
+            launcher.terminate()
+    return await ended
 
 
 def _end_with_parent() -> None:

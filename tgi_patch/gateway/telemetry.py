@@ -33,7 +33,7 @@ GAUGES = {
     "prefix_evictions": "Units that made room since the start",
 }
 LOGGER = logging.getLogger("preft.events")
-_REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+_REQUEST: ContextVar[dict[str, str]] = ContextVar("request")
 _ID = re.compile(r"[\w.:-]{1,128}")
 
 
@@ -42,53 +42,63 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._forwarded = Counter("preft_requests", "Requests forwarded to TGI", ["adapter"], registry=self._registry)
+        # adapter ids, which not everybody may see
+        self._by_adapter = CollectorRegistry()
+        self._forwarded = Counter("preft_requests", "Forwarded requests", ["adapter"], registry=self._by_adapter)
         self._rejected = Counter("preft_refused", "Requests rejected here", ["status"], registry=self._registry)
         self.in_flight = Gauge("preft_requests_in_flight", "Requests in flight", registry=self._registry)
         self._shard = {name: Gauge(f"preft_{name}", text, registry=self._registry) for name, text in GAUGES.items()}
         self._labels: set[str] = set()
 
-    def forwarded(self, adapter: str | None) -> None:
-        """Counts a request that is forwarded to TGI. None is the base model."""
-        label = adapter or "__base__"
-        if label not in self._labels:
-            if len(self._labels) >= MAX_ADAPTER_LABELS:
-                label = "other"
-            else:
+    def forwarded(self, adapters: set[str]) -> None:
+        """Counts a request that is forwarded to TGI, for each adapter that it names, or for the base model."""
+        for adapter in adapters or {"__base__"}:
+            label = adapter if adapter in self._labels or len(self._labels) < MAX_ADAPTER_LABELS else "other"
+            if label != "other":
                 self._labels.add(label)
-        self._forwarded.labels(label).inc()
+            self._forwarded.labels(label).inc()
 
     def rejected(self, status: str) -> None:
         """Counts a request that the gateway rejected."""
         self._rejected.labels(status).inc()
 
-    def text(self, statistics: dict[str, float]) -> bytes:
-        """Returns all metrics in Prometheus' text format."""
+    def text(self, statistics: dict[str, float], names: bool = True) -> bytes:
+        """Returns all metrics in Prometheus' text format.
+
+        Args:
+            statistics: of the first shard
+            names: with those that have adapter ids in their labels
+        """
         for name, gauge in self._shard.items():
             if name in statistics:
                 gauge.set(statistics[name])
-        return generate_latest(self._registry)
+        return (generate_latest(self._by_adapter) if names else b"") + generate_latest(self._registry)
 
 
 @contextmanager
-def request_id(given: str | None) -> Iterator[str]:
-    """Sets the request id of the log lines of this context and of the tasks that it starts.
+def request_fields(given_id: str | None) -> Iterator[dict[str, str]]:
+    """Sets fields of all log lines of this context and of the tasks that it starts.
 
     Args:
-        given: a client's X-Request-Id; replaced if it is missing or no plain id
-    Yields: the request id.
+        given_id: a client's X-Request-Id; replaced if it is missing or not a plain id
+    Yields: the fields, at first "request_id".
     """
-    token = _REQUEST_ID.set(given if given and _ID.fullmatch(given) else uuid.uuid4().hex)
+    fields = {"request_id": given_id if given_id and _ID.fullmatch(given_id) else uuid.uuid4().hex}
+    token = _REQUEST.set(fields)
     try:
-        yield _REQUEST_ID.get()
+        yield fields
     finally:
-        _REQUEST_ID.reset(token)
+        _REQUEST.reset(token)
 
 
-def log(event: str, **fields: str | float | None) -> None:
-    """Writes one log line: the time, the event, the request id if there is one, and the fields that are not None."""
-    line = {"time": round(time.time(), 3), "event": event, "request_id": _REQUEST_ID.get() or None, **fields}
-    LOGGER.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+def annotate(**fields: str) -> None:
+    """Adds fields to the further log lines of the request."""
+    _REQUEST.get({}).update(fields)
+
+
+def log(event: str, **fields: str | float) -> None:
+    """Writes one log line: the time, the event, the fields of the request if there is one, and further fields."""
+    LOGGER.info(json.dumps({"time": round(time.time(), 3), "event": event, **_REQUEST.get({}), **fields}))
 
 
 def to_stderr() -> None:

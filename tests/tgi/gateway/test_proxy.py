@@ -5,6 +5,7 @@ import json
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from preft_core.format.config import AdapterError
 from preft_core.pool.layout import Bucket
@@ -210,7 +211,7 @@ def test_admin_routes(monkeypatch):
             assert all("late" not in known for known in shards.known)
             assert (await client.delete(route + "/late", headers=key)).status == 404
             assert (await client.delete(route + "/acme", headers=key)).status == 200
-        async with gateway(Shards(), token="") as client:
+        async with gateway(Shards(), admin_token="") as client:
             assert (await client.get("/preft/adapters")).status == 403
 
     run(check())
@@ -230,3 +231,109 @@ def test_metrics_are_bounded():
             assert "preft_adapters 300.0" in text
 
     run(check())
+
+
+def test_without_the_key_a_request_gets_no_adapter_no_names_and_no_download(monkeypatch):
+    """As TGI's router compares --api-key, and before anything else."""
+    loaded = []
+
+    def find(location):
+        loaded.append(location)
+        return Source(location)
+
+    monkeypatch.setattr(adapters_module, "find_adapter", find)
+
+    async def check():
+        async with gateway(Shards(), lazy(), api_key="Key-1") as client:
+            for path in (
+                "/",
+                "/generate",
+                "/generate_stream",
+                "/invocations",
+                "/v1/completions",
+                "/vertex",
+                "/tokenize",
+            ):
+                for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Key-1"}):
+                    response = await client.post(path, json={"model": "acme/new", "inputs": "x"}, headers=headers)
+                    assert response.status == 401
+                    assert "acme" not in await response.text()
+            assert loaded == client.seen == []
+            # the router asks none for these
+            assert (await client.post("/chat_tokenize", json={})).status == 200
+            assert [model["id"] for model in (await (await client.get("/v1/models")).json())["data"]] == ["meta/base"]
+            for key in ("Bearer Key-1", "bearer key-1"):
+                headers = {"Authorization": key}
+                body = {"inputs": "x", "parameters": {"adapter_id": "acme"}}
+                assert (await client.post("/generate", json=body, headers=headers)).status == 200
+                assert "acme" in await (await client.get("/v1/models", headers=headers)).text()
+                assert 'adapter="acme"' in await (await client.get("/metrics", headers=headers)).text()
+            text = await (await client.get("/metrics")).text()
+            assert ("acme" in text, "preft_requests_in_flight" in text) == (False, True)
+
+    run(check())
+
+
+def test_no_adapter_is_added_before_tgi_is_ready():
+    """The router comes up last: an adapter added while TGI captures its CUDA graphs can break the start."""
+
+    async def check():
+        async with gateway(Shards()) as client:
+            client.health["status"] = 503
+            key = {"Authorization": "Bearer secret"}
+            response = await client.post("/preft/adapters", json={"id": "new", "location": "org/new"}, headers=key)
+            assert (response.status, response.headers["Retry-After"]) == (503, "2")
+            for path in ("/health", "/ping", "/", "/preft/ready"):
+                assert (await client.get(path)).status == 503
+            # the process lives: it need not be restarted
+            assert (await client.get("/preft/live")).status == 200
+            client.health["status"] = 200
+            for path in ("/health", "/ping", "/", "/preft/ready"):
+                assert (await client.get(path)).status == 200
+
+    run(check())
+
+
+def test_admin_routes_on_another_port():
+    async def check():
+        async with gateway(Shards(), admin_apart=True) as client:
+            key = {"Authorization": "Bearer secret"}
+            assert (await client.get("/preft/adapters", headers=key)).status == 404
+            async with TestClient(TestServer(client.gateway.admin_application())) as admin:
+                assert (await admin.get("/preft/adapters", headers=key)).status == 200
+                assert (await admin.get("/preft/adapters")).status == 401
+                assert (await admin.post("/generate", json={})).status == 404
+
+    run(check())
+
+
+def test_adapter_events_and_requests_are_logged_with_the_request_id(monkeypatch, caplog):
+    monkeypatch.setattr(adapters_module, "find_adapter", Source)
+    caplog.set_level("INFO", logger="preft.events")
+
+    async def check():
+        async with gateway(Shards(), lazy(max_adapters=2), access_log=True) as client:
+            key = {"Authorization": "Bearer secret"}
+            for name in ("acme/one", "acme/two"):
+                body = {"inputs": "x", "parameters": {"adapter_id": name}}
+                headers = {"X-Request-Id": f"first-{name[5:]}"}
+                response = await client.post("/generate", json=body, headers=headers)
+                assert response.headers["X-Request-Id"] == headers["X-Request-Id"]
+                while (await generate(client, name)).status == 503:
+                    await asyncio.sleep(0.01)
+            await client.delete("/preft/adapters/acme/two", headers=key | {"X-Request-Id": "a b\t"})
+
+    run(check())
+    lines = [json.loads(record.message) for record in caplog.records]
+    events = [(line["event"], line["adapter"], line["request_id"]) for line in lines if line["event"] != "request"]
+    assert events[:3] == [
+        ("adapter_loaded", "acme/one", "first-one"),
+        ("adapter_evicted", "acme/one", "first-two"),
+        ("adapter_loaded", "acme/two", "first-two"),
+    ]
+    assert [event[:2] for event in events[3:]] == [("adapter_removed", "acme/two")]
+    # an id that could break a log line is replaced
+    assert events[3][2] != "a b"
+    requests = [line for line in lines if line["event"] == "request"]
+    assert (requests[0]["status"], requests[0]["path"], requests[0]["adapter"]) == (503, "/generate", "acme/one")
+    assert requests[-1]["method"] == "DELETE"
