@@ -274,15 +274,18 @@ def test_without_the_key_a_request_gets_no_adapter_no_names_and_no_download(monk
     run(check())
 
 
-def test_no_adapter_is_added_before_tgi_is_ready():
+def test_no_adapter_is_added_before_tgi_is_ready(monkeypatch):
     """The router comes up last: an adapter added while TGI captures its CUDA graphs can break the start."""
+    monkeypatch.setattr(adapters_module, "find_adapter", Source)
 
     async def check():
-        async with gateway(Shards()) as client:
+        shards = Shards()
+        async with gateway(shards) as client:
             client.health["status"] = 503
             key = {"Authorization": "Bearer secret"}
             response = await client.post("/preft/adapters", json={"id": "new", "location": "org/new"}, headers=key)
             assert (response.status, response.headers["Retry-After"]) == (503, "2")
+            assert all("new" not in known for known in shards.known)
             for path in ("/health", "/ping", "/", "/preft/ready"):
                 assert (await client.get(path)).status == 503
             # the process lives: it need not be restarted
