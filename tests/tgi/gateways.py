@@ -2,12 +2,13 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from tgi_patch.gateway.adapters import AdapterManager
-from tgi_patch.gateway.connections import SERVER_OPTIONS
+from tgi_patch.gateway.connections import SERVER_OPTIONS, Limits
 from tgi_patch.gateway.proxy import Gateway, GatewayOptions
 from tgi_patch.settings import Settings
 
@@ -85,7 +86,9 @@ async def gateway(shards, settings=None, limits=None, upstream=None, **options):
         adapters = AdapterManager(settings, 2, {"meta/base"}, {"all-token"}, ask=shards.ask)
         await adapters.start()
         options = GatewayOptions(**{"admin_token": "secret"} | options)
-        made = Gateway(str(server.make_url("")).rstrip("/"), adapters, options, limits)
+        made = Gateway(
+            str(server.make_url("")).rstrip("/"), adapters, options, replace(limits or Limits(), penalty_s=0)
+        )
         public = TestServer(made.application())
         # the test server sets handler_cancellation itself
         await public.start_server(**{n: v for n, v in SERVER_OPTIONS.items() if n != "handler_cancellation"})

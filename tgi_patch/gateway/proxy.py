@@ -9,6 +9,7 @@ import hmac
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
 from aiohttp import web
@@ -96,7 +97,6 @@ class Gateway:
         application.router.add_post("/chat_tokenize", self._chat_tokenize)
         for path in FORWARDED_GET:
             application.router.add_get(path, self._get)
-        # a browser's preflight request
         for path in (*GENERATE, *OPENAI, *ANY, *VERTEX, "/tokenize", "/chat_tokenize"):
             application.router.add_route("OPTIONS", path, self._get)
         application.router.add_get("/v1/models", self._models)
@@ -147,6 +147,8 @@ class Gateway:
             except RequestRejected as error:
                 status = error.response.status
                 self.metrics.rejected(str(status))
+                if status in {400, 408, 413, 415}:
+                    await asyncio.sleep(self._limits.penalty_s)
                 return http_response(error.response, request.path, fields["request_id"])
             except web.HTTPException as error:
                 status = error.status
@@ -189,7 +191,7 @@ class Gateway:
         self._check_key(request)
         with self._counted():
             body = await self.connections.body(request)
-            names = adapters_of(request.path, body)
+            names = await self.connections.parsed(body, partial(adapters_of, request.path))
             annotate(adapter=",".join(sorted(names)))
             with self._adapters.lease(names):
                 self.metrics.forwarded(names - self._adapters.base_ids)
@@ -238,8 +240,8 @@ class Gateway:
                 if request.transport is not None:
                     request.transport.abort()
                 raise asyncio.CancelledError from error
-            if isinstance(error, TimeoutError):
-                raise rejection(504, f"TGI sent nothing for {self._limits.upstream_s:g} s") from error
+            if isinstance(error, aiohttp.SocketTimeoutError):
+                raise rejection(504, f"TGI sent nothing for {self._limits.upstream_s} s") from error
             raise rejection(502, f"TGI's router does not respond: {error}", 5) from error
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
@@ -269,8 +271,7 @@ class Gateway:
         await self._adapters.watch()
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        reason = await self.ready()
-        if reason:
+        if reason := await self.ready():
             raise rejection(503, reason, 2)
         return web.Response()
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import gzip
+import time
 
 import pytest
-from aiohttp import web
+from aiohttp import ConnectionTimeoutError, web
 
 from tests.tgi.gateways import Shards, answering_after, gateway, generate, run
-from tgi_patch.gateway.connections import Limits
+from tgi_patch.gateway.connections import LARGE_BODY, Connections, Limits
 
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
 
@@ -131,3 +132,58 @@ def test_headers_of_more_than_8_kilobytes_pass(caplog):
     run(check())
     # a traceback for each malformed request would fill the log
     assert not caplog.records
+
+
+def test_large_bodies_leave_the_event_loop_to_others():
+    """2 MB of nested arrays take 0.1 s to parse: twenty at once must not be parsed one right after the other."""
+
+    async def check():
+        connections = Connections(Limits())
+        order = []
+
+        def parse(body):
+            order.append("large")
+            time.sleep(0.02)
+
+        async def small():
+            while order.count("large") < 3:
+                order.append("small")
+                await asyncio.sleep(0.001)
+
+        large = [connections.parsed(bytes(LARGE_BODY), parse) for _ in range(3)]
+        await asyncio.gather(small(), *large)
+        # between two large bodies the others had the loop many times
+        first, second, third = (i for i, what in enumerate(order) if what == "large")
+        assert order[first + 1 : second].count("small") > 2
+        assert order[second + 1 : third].count("small") > 2
+
+    run(check())
+
+
+def test_a_hostile_request_waits_for_its_error_response():
+    async def check():
+        async with gateway(Shards()) as client:
+            client.gateway._limits = Limits(penalty_s=60)
+            bad = asyncio.ensure_future(client.post("/generate", data=b"x", headers={"Content-Encoding": "gzip"}))
+            assert (await generate(client)).status == 200
+            await asyncio.sleep(0.1)
+            assert not bad.done()
+            # other errors come at once
+            assert (await generate(client, "nobody")).status == 404
+            bad.cancel()
+
+    run(check())
+
+
+def test_an_upstream_that_accepts_no_connection_is_a_502():
+    async def check():
+        async with gateway(Shards()) as client:
+
+            def late(*arguments, **options):
+                raise ConnectionTimeoutError("no connection in 5 s")
+
+            client.gateway._session.request = late
+            response = await generate(client)
+            assert (response.status, "router does not respond" in await response.text()) == (502, True)
+
+    run(check())
