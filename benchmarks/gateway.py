@@ -1,8 +1,8 @@
 """What one hostile client costs the others at TGI's gateway: `python -m benchmarks.gateway`.
 
 The gateway and an upstream that responds at once run in processes of their own. A client sends one request after the
-other; another process keeps 20 connections busy with one kind of hostile request. Quiet turns alternate with
-turns under attack. The ratio of a kind is its median latency over the quiet median. Exit status 1 if a ratio is above --bar.
+other; another process keeps 20 connections busy with one kind of hostile request. Quiet turns alternate with turns
+under attack. The ratio of a kind is its median latency over the quiet median. Exit status 1 if one is above --bar.
 """
 
 import argparse
@@ -127,9 +127,10 @@ def serve_gateway(ports: Any, upstream: int) -> None:
         await adapters.start()
         gateway = Gateway(f"http://127.0.0.1:{upstream}", adapters)
         runner = web.AppRunner(gateway.application(), **SERVER_OPTIONS)
-        port = await listening(runner)
+        await runner.setup()
         assert runner.server is not None
-        ports.send(port)
+        server = await gateway.connections.listen(runner.server, "127.0.0.1", 0)
+        ports.send(server.sockets[0].getsockname()[1])
         await gateway.connections.watch(runner.server)
 
     asyncio.run(run())

@@ -11,6 +11,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from tgi_patch.gateway.errors import rejection
 
+HEADER_BYTES = 64 << 10
+"""Size limit of all headers of a request together."""
 LOGGER = logging.getLogger("preft.http")
 # a client's malformed request is no error of the server: without this, each costs a traceback in the log
 LOGGER.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
@@ -23,9 +25,9 @@ SERVER_OPTIONS: dict[str, Any] = {
     "handler_cancellation": True,
     # bodies are never inflated: 2 MB of gzip can be 2 GB
     "auto_decompress": False,
-    # bytes of the request line and of one header; aiohttp's default of 8190 is below what TGI's router accepts
-    "max_line_size": 32 << 10,
-    "max_field_size": 32 << 10,
+    # aiohttp's default of 8190 is below what TGI's router accepts
+    "max_line_size": HEADER_BYTES,
+    "max_field_size": HEADER_BYTES,
     "access_log": None,
     "logger": LOGGER,
 }
@@ -68,7 +70,15 @@ class Connections:
         # large bodies are parsed one at a time
         self._parsing = asyncio.Lock()
         # connection -> when it has to have sent the headers of a request; infinity while a request is processed
-        self._deadlines: dict[web.RequestHandler[web.Request], float] = {}
+        self._deadlines: dict[web.RequestHandler, float] = {}
+
+    async def listen(self, server: web.Server, host: str, port: int) -> asyncio.Server:
+        """Accepts connections for a server of aiohttp, and limits the size of their headers."""
+
+        def protocol() -> asyncio.Protocol:
+            return _HeaderLimiter(server(), self._limits.penalty_s)
+
+        return await asyncio.get_running_loop().create_server(protocol, host, port)
 
     async def watch(self, server: web.Server, period_s: float = 1.0) -> None:
         """Closes late connections of a server. Does not return."""
@@ -88,6 +98,9 @@ class Connections:
             return await handler(request)
         finally:
             self._deadlines[request.protocol] = asyncio.get_running_loop().time() + self._limits.idle_s
+            limiter = None if request.transport is None else request.transport.get_protocol()
+            if isinstance(limiter, _HeaderLimiter) and request.content.is_eof():
+                limiter.expect_headers()
 
     async def body(self, request: web.Request) -> bytes:
         """Returns the body of a request.
@@ -128,3 +141,64 @@ class Connections:
                 return parse(body)
             finally:
                 await asyncio.sleep(3 * (now() - began))
+
+
+class _HeaderLimiter(asyncio.Protocol):
+    """Stands between a connection and aiohttp, and closes the connection if the headers of a request are too large.
+
+    aiohttp responds to them at once, so a client that sends one such request after the other takes its whole time.
+    """
+
+    def __init__(self, inner: web.RequestHandler, penalty_s: float):
+        self._inner = inner
+        self._penalty_s = penalty_s
+        self._transport: asyncio.Transport | None = None
+        # the headers so far; None while a body is read or a response is written
+        self._headers: bytearray | None = bytearray()
+        self._rejected = False
+
+    def expect_headers(self) -> None:
+        """Limits what comes next, as the request before is complete."""
+        self._headers = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._inner.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._headers is not None and not self._rejected:
+            self._headers += data
+            end = self._headers.find(b"\r\n\r\n")
+            if end >= 0 and end <= HEADER_BYTES:
+                self._headers = None
+            elif len(self._headers) > HEADER_BYTES:
+                self._reject()
+        if not self._rejected:
+            self._inner.data_received(data)
+
+    def _reject(self) -> None:
+        assert self._transport is not None
+        self._rejected, self._headers = True, None
+        self._transport.pause_reading()
+        asyncio.get_running_loop().call_later(self._penalty_s, self._close, self._transport)
+
+    def _close(self, transport: asyncio.Transport) -> None:
+        if not transport.is_closing():
+            status = b"431 Request Header Fields Too Large"
+            transport.write(b"HTTP/1.1 " + status + b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            # closing with unread data would reset the connection before the client has read the response
+            transport.write_eof()
+            asyncio.get_running_loop().call_later(self._penalty_s, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._inner.connection_lost(exc)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()

@@ -69,7 +69,7 @@ def become_launcher_if_disabled(arguments: Sequence[str]) -> None:
 
 
 def normalised(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Returns the launcher's arguments and environment. SageMaker runs `IMAGE serve` with variables of its own.
+    """Returns the launcher's arguments and environment. SageMaker runs `IMAGE serve` with its own variables.
 
     Raises:
         SettingsError: SageMaker names no model.

@@ -94,8 +94,9 @@ async def _listen(stack: AsyncExitStack, gateway: Gateway, application: web.Appl
     runner = web.AppRunner(application, **SERVER_OPTIONS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, host, port).start()
     assert runner.server is not None
+    listening = await gateway.connections.listen(runner.server, host, port)
+    stack.callback(listening.close)
     _background(stack, gateway.connections.watch(runner.server))
 
 
