@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -188,7 +189,8 @@ class _HeaderLimiter(asyncio.Protocol):
             status = b"431 Request Header Fields Too Large"
             transport.write(b"HTTP/1.1 " + status + b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             # closing with unread data would reset the connection before the client has read the response
-            transport.write_eof()
+            with suppress(OSError):
+                transport.write_eof()
             asyncio.get_running_loop().call_later(self._penalty_s, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
