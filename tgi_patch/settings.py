@@ -13,11 +13,7 @@ from preft_core.hub.manifest import name_fault, read_manifest
 from preft_core.pool.layout import RANKS, Bucket
 
 FIXES = ("graphs", "names", "rows", "options", "unknown")
-<<<<<<< HEAD
-"""Faults of TGI 3.3.7 with its own LORA_ADAPTERS that are mended, see docs/how-to/tgi.md."""
-=======
-"""Faults of TGI 3.3.7 with its own LORA_ADAPTERS that are fixed, see docs/tgi.md."""
->>>>>>> 0170386 (TGI gateway: --api-key is checked first and names are for its holders; liveness, readiness and admin port apart; JSON log lines; stop by a group signal)
+"""Faults of TGI 3.3.7 with its own LORA_ADAPTERS that are fixed, see docs/how-to/tgi.md."""
 DEFAULT_PREFIX_TOKENS = 16_384
 BASE_IDS = frozenset({"", "tgi", "__base_model__"})
 """Adapter ids that name the base model, beside the served model's own."""
