@@ -1,8 +1,8 @@
 """What serving in TGI adds: `python -m benchmarks.tgi`.
 
 Routing: the host's work per forward with 512 adapters registered, for a decode step and for prefills.
-Front door: the time of a request through it and past it, in turns, to an upstream on loopback that answers at once;
-client, door and upstream share one event loop. With --wrk the tool of that name asks from a process of its own.
+Gateway: the time of a request through it and past it, in turns, to an upstream on loopback that answers at once;
+client, gateway and upstream share one event loop. With --wrk the tool of that name asks from a process of its own.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from preft_core.format.adapter import save_adapter
 from preft_core.format.config import AdapterConfig
 from preft_core.hub.source import find_adapter
 from preft_core.pool.layout import Site
-from tgi_patch.gateway.adapters import Fleet
-from tgi_patch.gateway.proxy import FrontDoor
+from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.proxy import Gateway
 from tgi_patch.server import layers
 from tgi_patch.server.registry import Registry
 from tgi_patch.server.routing import TICKET
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=512)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--wrk", action="store_true", help="ask the front door with wrk, which has to be installed")
+    parser.add_argument("--wrk", action="store_true", help="ask the gateway with wrk, which has to be installed")
     options = parser.parse_args()
     if options.wrk and shutil.which("wrk") is None:
         parser.error("--wrk: there is no wrk on the PATH; apt-get install wrk")
@@ -56,12 +56,12 @@ def main() -> None:
     for name, seconds in routing(options.adapters).items():
         low, high = statistics.quantiles(seconds, n=4)[::2]
         console.print(f"{name:58} {1e3 * statistics.median(seconds):.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})")
-    past, through = asyncio.run(front_door(by_wrk if options.wrk else one_by_one(options.requests)))
+    past, through = asyncio.run(through_gateway(by_wrk if options.wrk else one_by_one(options.requests)))
     added = [1e3 * (b - a) for a, b in zip(past, through, strict=True)]
     low, high = statistics.quantiles(added, n=4)[::2]
     how = f"{len(added)} turns of wrk, medians" if options.wrk else f"{len(added)} requests one after the other"
     console.print(
-        f"front door adds {statistics.median(added):.2f} ms ({low:.2f} to {high:.2f}) to "
+        f"gateway adds {statistics.median(added):.2f} ms ({low:.2f} to {high:.2f}) to "
         f"{1e3 * statistics.median(past):.2f} ms, {how}"
     )
 
@@ -112,8 +112,8 @@ def routing(num_adapters: int) -> dict[str, list[float]]:
         return found
 
 
-async def front_door(ask_both: AskBoth) -> tuple[list[float], list[float]]:
-    """Returns the seconds of each request past the front door and through it."""
+async def through_gateway(ask_both: AskBoth) -> tuple[list[float], list[float]]:
+    """Returns the seconds of each request past the gateway and through it."""
 
     async def answer(request: web.Request) -> web.Response:
         await request.read()
@@ -125,13 +125,13 @@ async def front_door(ask_both: AskBoth) -> tuple[list[float], list[float]]:
     application = web.Application()
     application.router.add_post("/generate", answer)
     runners: list[web.AppRunner] = []
-    fleet = Fleet(Settings(adapters={"a0": "x"}), 1, {"base"}, set(), ask=ask)
-    await fleet.start()
+    adapters = AdapterManager(Settings(adapters={"a0": "x"}), 1, {"base"}, set(), ask=ask)
+    await adapters.start()
     upstream = await started(application, runners)
-    door = await started(FrontDoor(upstream, fleet).application(), runners)
+    gateway = await started(Gateway(upstream, adapters).application(), runners)
     body = json.dumps({"inputs": "x " * 1000, "parameters": {"adapter_id": "a7"}})
     try:
-        return await ask_both(upstream, door, body)
+        return await ask_both(upstream, gateway, body)
     finally:
         for runner in runners:
             await runner.cleanup()
@@ -140,11 +140,11 @@ async def front_door(ask_both: AskBoth) -> tuple[list[float], list[float]]:
 def one_by_one(count: int) -> AskBoth:
     """Returns a client of this process that asks both in turns, one request at a time."""
 
-    async def ask_both(upstream: str, door: str, body: str) -> tuple[list[float], list[float]]:
-        times: dict[str, list[float]] = {upstream: [], door: []}
+    async def ask_both(upstream: str, gateway: str, body: str) -> tuple[list[float], list[float]]:
+        times: dict[str, list[float]] = {upstream: [], gateway: []}
         async with aiohttp.ClientSession() as session:
             for i in range(count + 20):
-                for url in ((upstream, door), (door, upstream))[i % 2]:
+                for url in ((upstream, gateway), (gateway, upstream))[i % 2]:
                     start = time.perf_counter()
                     async with session.post(url + "/generate", data=body) as response:
                         said = await response.json()
@@ -153,21 +153,21 @@ def one_by_one(count: int) -> AskBoth:
                         raise SystemExit(f"{url} answered {response.status} {said}: nothing is timed")
                     if i >= 20:
                         times[url].append(took)
-        return times[upstream], times[door]
+        return times[upstream], times[gateway]
 
     return ask_both
 
 
-async def by_wrk(upstream: str, door: str, body: str) -> tuple[list[float], list[float]]:
+async def by_wrk(upstream: str, gateway: str, body: str) -> tuple[list[float], list[float]]:
     """Has wrk ask both in turns, two seconds each over one connection. Returns the median of each turn."""
-    await one_by_one(1)(upstream, door, body)
-    times: dict[str, list[float]] = {upstream: [], door: []}
+    await one_by_one(1)(upstream, gateway, body)
+    times: dict[str, list[float]] = {upstream: [], gateway: []}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "post.lua"
         lines = ("wrk.method = 'POST'", f"wrk.body = [[{body}]]", "wrk.headers['Content-Type'] = 'application/json'")
         script.write_text("\n".join(lines))
         for i in range(10):
-            for url in ((upstream, door), (door, upstream))[i % 2]:
+            for url in ((upstream, gateway), (gateway, upstream))[i % 2]:
                 command = ["wrk", "-t1", "-c1", "-d2s", "--latency", "-s", str(script), url + "/generate"]
                 process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
                 shown = (await process.communicate())[0].decode()
@@ -175,7 +175,7 @@ async def by_wrk(upstream: str, door: str, body: str) -> tuple[list[float], list
                 if median is None or "Non-2xx" in shown or "Socket errors" in shown:
                     raise SystemExit(f"{url}: {shown}: nothing is timed")
                 times[url].append(float(median[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[median[2]])
-    return times[upstream], times[door]
+    return times[upstream], times[gateway]
 
 
 async def started(application: web.Application, runners: list[web.AppRunner]) -> str:

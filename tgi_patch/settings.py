@@ -1,4 +1,4 @@
-"""What an operator sets, read from the environment once and checked before anything is started."""
+"""The variables of an operator, read from the environment once and checked before anything is started."""
 
 import os
 import re
@@ -13,35 +13,35 @@ from preft_core.hub.manifest import name_fault, read_manifest
 from preft_core.pool.layout import RANKS, Bucket
 
 FIXES = ("graphs", "names", "rows", "options", "unknown")
-"""Faults of TGI 3.3.7 with its own LORA_ADAPTERS that are mended, see docs/how-to/tgi.md."""
+"""Faults of TGI 3.3.7 with its own LORA_ADAPTERS that are fixed, see docs/how-to/tgi.md."""
 DEFAULT_PREFIX_TOKENS = 16_384
 BASE_IDS = frozenset({"", "tgi", "__base_model__"})
-"""Adapter ids that stand for the base model, beside the served model's own."""
+"""Adapter ids that name the base model, beside the served model's own."""
+# what Kubernetes sets in every pod for a Service called preft or preft-x
+_SERVICE_LINK = re.compile(
+    r"PREFT_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*|PREFT_(\w+_)?PORT=\w+://.*"
+)
 _ENTRY = re.compile(r"([^=@]+)(?:=([^@]+))?(?:@(.+))?")
 
 
 class SettingsError(ValueError):
-    """Variables that cannot be used; all faults in one message."""
+    """Variables that cannot be used, all in one message."""
 
 
 def check_prefix_caching(value: str) -> None:
-    """Refuses TGI's own prefix cache, whose variable has this value.
-
-    Raises:
-        SettingsError: it is on.
-    """
+    """Raises SettingsError if PREFIX_CACHING has this value and turns TGI's own prefix cache on."""
     if value.lower() in {"1", "true"}:
         raise SettingsError(
-            "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: leave it out or set it to 0, "
-            "and PREFT_PREFIX_CACHE=1 for one that does"
+            "PREFIX_CACHING is on, and TGI's prefix cache does not keep adapters apart: remove it or set it to 0; "
+            "PREFT_PREFIX_CACHE=1 turns on one that does"
         )
 
 
 def check_ids(adapters: Iterable[str], base_ids: set[str], others: set[str]) -> None:
-    """Refuses ids of PreFT adapters that stand for the base model, or for an adapter of TGI's LORA_ADAPTERS.
+    """Checks that no id of a PreFT adapter names the base model, or an adapter of TGI's LORA_ADAPTERS.
 
     Raises:
-        SettingsError: such ids; requests for them would be answered without the adapter.
+        SettingsError: requests for such an id would be served without the adapter.
     """
     base = sorted({*adapters} & {*base_ids, *BASE_IDS})
     twice = sorted({*adapters} & others)
@@ -51,25 +51,30 @@ def check_ids(adapters: Iterable[str], base_ids: set[str], others: set[str]) -> 
         raise SettingsError(f"PREFT_ADAPTERS: {'; '.join(faults)}: give the adapter another id")
 
 
+def is_service_link(name: str, value: str) -> bool:
+    """Returns whether Kubernetes set a variable for a Service whose name begins with preft."""
+    return _SERVICE_LINK.fullmatch(f"{name}={value}") is not None
+
+
 def private_directory(directory: Path) -> Path:
     """Makes a directory that only this user can write to, or checks that it is one.
 
     Raises:
-        SettingsError: it is a link, somebody else's, or open to others: they could answer in the shards' place.
+        SettingsError: it is a link, another user's, or writable by others, who could pose as the shards.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise SettingsError(
-            f"PREFT_CONTROL_DIR: {directory} is {stat.filemode(found.st_mode)} of user {found.st_uid}: it has to be a "
+            f"PREFT_CONTROL_DIR: {directory} is {stat.filemode(found.st_mode)} of user {found.st_uid}: it must be a "
             f"directory that only user {os.getuid()} can write to; remove it, or choose another"
         )
     return directory
 
 
 def control_directory(port: int | None = None) -> Path:
-    """Returns where a service has its sockets if PREFT_CONTROL_DIR does not say: one directory a user and port."""
-    # os.getuid is not everywhere
+    """Returns the default of PREFT_CONTROL_DIR: one directory for each user and port."""
+    # os.getuid is missing on Windows
     user = getattr(os, "getuid", lambda: 0)()
     return Path(tempfile.gettempdir()) / ("-".join(map(str, ["preft-tgi", user, *([port] if port else [])])))
 
@@ -79,21 +84,26 @@ class Settings:
     """The variables PREFT_*.
 
     Attributes:
-        disabled: PREFT_DISABLE=1: TGI as it is
+        disabled: PREFT_DISABLE=1, TGI without PreFT
         adapters: PREFT_ADAPTERS and PREFT_ADAPTERS_FILE: id -> directory or "org/name@revision"
-        reserve: PREFT_RESERVE, kinds and ranks of adapters that come later: "lora:16,direft:8"
-        slots: PREFT_SLOTS, slots of each kind and rank; None is as many as are listed, from 8 to 64
+        reserve: PREFT_RESERVE, kinds and ranks of adapters that are added later: "lora:16,direft:8"
+        slots: PREFT_SLOTS, slots of each kind and rank; None is the number of listed adapters, from 8 to 64
         host_bytes: PREFT_HOST_BYTES, for copies of adapters in host memory
-        lazy: PREFT_ADAPTER_SOURCE=hub: an unknown id of the form org/name is looked for on the Hub
-        organisations: PREFT_ALLOWED_ORGS, those that it may come from; "*" is any
-        max_adapters: PREFT_MAX_ADAPTERS, known at once
+        lazy: PREFT_ADAPTER_SOURCE=hub, an unknown id of the form org/name is loaded from the Hub
+        organisations: PREFT_ALLOWED_ORGS, whose adapters may be loaded so; "*" is any
+        max_adapters: PREFT_MAX_ADAPTERS, registered at once
         max_bytes: PREFT_MAX_ADAPTER_BYTES, of one adapter's weights
-        base_models: PREFT_BASE_MODEL, names under which adapters may know the served model, beside its own
+        base_models: PREFT_BASE_MODEL, other names of the served model that adapters may have been trained on
         prefix_tokens: PREFT_PREFIX_CACHE=1 and PREFT_PREFIX_TOKENS, prompt tokens whose KV is kept for later requests
             of the same adapter; 0 is none
-        control: PREFT_CONTROL_DIR, directory of the sockets on which the processes of one service take adapters
+        control: PREFT_CONTROL_DIR, directory of the sockets between gateway and shards
         admin_token: PREFT_ADMIN_TOKEN; empty turns the admin routes off
-        fixes: PREFT_LORA_FIXES, of FIXES; those that are left out are as in TGI
+        fixes: PREFT_LORA_FIXES, some of FIXES
+        host: PREFT_HOST, address that the gateway listens on; --hostname sets it too
+        admin_port: PREFT_ADMIN_PORT, port of the admin routes; None is the public port
+        access_log: PREFT_ACCESS_LOG=1, one log line for each request
+        timeout_s: PREFT_TIMEOUT_S, seconds without a byte from TGI until a request gets a 504; None is no limit
+        router_port: PREFT_ROUTER_PORT, port of TGI's router on loopback; None is the public port plus or minus 10000
     """
 
     disabled: bool = False
@@ -110,10 +120,15 @@ class Settings:
     control: Path = field(default_factory=control_directory)
     admin_token: str = field(default="", repr=False)
     fixes: tuple[str, ...] = FIXES
+    host: str = "0.0.0.0"
+    router_port: int | None = None
+    admin_port: int | None = None
+    access_log: bool = False
+    timeout_s: int | None = None
 
     @property
     def active(self) -> bool:
-        """Whether PreFT adapters are served at all."""
+        """Whether PreFT adapters are served."""
         return not self.disabled and bool(self.adapters or self.reserve)
 
 
@@ -125,8 +140,10 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """
     faults: list[str] = []
     reader = _Reader(environment, faults)
+    if reader.flag("PREFT_DISABLE"):
+        # the kill switch works whatever else is wrong
+        return Settings(disabled=True)
     settings = Settings(
-        disabled=reader.flag("PREFT_DISABLE"),
         adapters=_adapters(reader),
         reserve=_reserve(reader),
         slots=reader.number("PREFT_SLOTS", None, 1, 1 << 20),
@@ -140,19 +157,24 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         control=Path(reader.text("PREFT_CONTROL_DIR") or control_directory()),
         admin_token=reader.text("PREFT_ADMIN_TOKEN"),
         fixes=_fixes(reader),
+        host=reader.text("PREFT_HOST") or Settings.host,
+        router_port=reader.number("PREFT_ROUTER_PORT", None, 1, 65_535),
+        admin_port=reader.number("PREFT_ADMIN_PORT", None, 1, 65_535),
+        access_log=reader.flag("PREFT_ACCESS_LOG"),
+        timeout_s=reader.number("PREFT_TIMEOUT_S", None, 1, 1 << 20),
     )
     if settings.lazy and not settings.organisations:
         faults.append(
             "PREFT_ADAPTER_SOURCE is hub and PREFT_ALLOWED_ORGS is empty: name the organisations to load from, or *"
         )
     if settings.lazy and not settings.adapters and not settings.reserve:
-        faults.append("PREFT_ADAPTER_SOURCE is hub and PREFT_RESERVE is empty: say what will come, such as lora:16")
+        faults.append("PREFT_ADAPTER_SOURCE is hub and PREFT_RESERVE is empty: reserve slots, such as lora:16")
     if len(settings.adapters) > settings.max_adapters:
         faults.append(
             f"{len(settings.adapters)} adapters are listed and PREFT_MAX_ADAPTERS is {settings.max_adapters}: raise it"
         )
     if settings.prefix_tokens and not settings.adapters and not settings.reserve:
-        faults.append("PREFT_PREFIX_CACHE is set and there are no PreFT adapters: leave it out, TGI has its own")
+        faults.append("PREFT_PREFIX_CACHE is set and there are no PreFT adapters: remove it, TGI has its own")
     reader.check_unknown()
     if faults:
         raise SettingsError("; ".join(faults))
@@ -160,25 +182,25 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def parse_adapters(text: str) -> dict[str, str]:
-    """Returns id -> place of a list in the grammar of LORA_ADAPTERS: "org/a,name=org/b@revision,local=/data/dir".
+    """Returns id -> location of a list in the syntax of LORA_ADAPTERS: "org/a,name=org/b@revision,local=/data/dir".
 
     Raises:
-        SettingsError: entries that are no such thing, or an id twice.
+        SettingsError: malformed entries, or an id twice.
     """
     found: dict[str, str] = {}
     faults = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         match = _ENTRY.fullmatch(entry)
         if match is None or entry.count("=") > 1 or entry.count("@") > 1:
-            faults.append(f"{entry!r} is not id, id=place or id=place@revision")
+            faults.append(f"{entry!r} is not id, id=location or id=location@revision")
             continue
-        name, place, revision = match.groups()
+        name, location, revision = match.groups()
         reason = name_fault(name)
         if reason is not None:
             faults.append(f"id {name!r}: {reason}")
         elif name in found:
-            faults.append(f"id {name!r} is there twice")
-        found[name] = (place or name) + (f"@{revision}" if revision else "")
+            faults.append(f"id {name!r} is listed twice")
+        found[name] = (location or name) + (f"@{revision}" if revision else "")
     if faults:
         raise SettingsError("PREFT_ADAPTERS: " + "; ".join(faults))
     return found
@@ -186,8 +208,8 @@ def parse_adapters(text: str) -> dict[str, str]:
 
 class _Reader:
     def __init__(self, environment: Mapping[str, str], faults: list[str]):
-        self._environment = environment
-        self._read = {"PREFT_ROUTER_PORT", "PREFT_FRONT_HOST", "PREFT_TGI_PYTHON", "PREFT_CACHE"}
+        self._environment = {n: v for n, v in environment.items() if not is_service_link(n, v)}
+        self._read = {"PREFT_TGI_PYTHON", "PREFT_CACHE"}
         self.faults = faults
 
     def text(self, name: str) -> str:
@@ -203,7 +225,9 @@ class _Reader:
     def choice(self, name: str, allowed: tuple[str, ...]) -> str:
         value = self.text(name).lower()
         if value not in allowed:
-            self.faults.append(f"{name} is {value!r}: one of {', '.join(word or 'nothing' for word in allowed)}")
+            self.faults.append(
+                f"{name} is {value!r}: it must be one of {', '.join(word or 'nothing' for word in allowed)}"
+            )
         return value
 
     def number(self, name: str, default: int | None, low: int, high: int) -> int | None:
@@ -211,14 +235,14 @@ class _Reader:
         if not text:
             return default
         if not text.isdecimal() or not low <= int(text) <= high:
-            self.faults.append(f"{name} is {text!r}: a whole number from {low} to {high}")
+            self.faults.append(f"{name} is {text!r}: it must be a whole number from {low} to {high}")
             return default
         return int(text)
 
     def check_unknown(self) -> None:
         known = sorted(self._read)
         self.faults += [
-            f"{name} is no variable of ours: {', '.join(known)}"
+            f"{name} is not a variable of PreFT: remove it, or use one of {', '.join(known)}"
             for name in sorted(self._environment)
             if name.startswith("PREFT_") and name not in self._read
         ]
@@ -249,7 +273,9 @@ def _reserve(reader: _Reader) -> tuple[Bucket, ...]:
     for word in reader.words("PREFT_RESERVE"):
         kind, _, rank = word.partition(":")
         if kind not in {"lora", "direft"} or not rank.isdecimal() or not 1 <= int(rank) <= RANKS[-1]:
-            reader.faults.append(f"PREFT_RESERVE has {word!r}: lora:RANK or direft:RANK, ranks from 1 to {RANKS[-1]}")
+            reader.faults.append(
+                f"PREFT_RESERVE has {word!r}: use lora:RANK or direft:RANK, RANK from 1 to {RANKS[-1]}"
+            )
             continue
         slot_rank = next(size for size in RANKS if size >= int(rank))
         found.append(Bucket("linear" if kind == "lora" else "block", slot_rank))
@@ -270,5 +296,5 @@ def _fixes(reader: _Reader) -> tuple[str, ...]:
         return ()
     unknown = [word for word in words if word not in FIXES]
     if unknown:
-        reader.faults.append(f"PREFT_LORA_FIXES has {', '.join(unknown)}: some of {', '.join(FIXES)}, or none")
+        reader.faults.append(f"PREFT_LORA_FIXES has {', '.join(unknown)}: use some of {', '.join(FIXES)}, or none")
     return tuple(word for word in words if word in FIXES)

@@ -1,13 +1,15 @@
-"""A front door before a small upstream on loopback, with shards that are functions."""
+"""A gateway before a small upstream on loopback, with shards that are functions."""
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from tgi_patch.gateway.adapters import Fleet
-from tgi_patch.gateway.proxy import FrontDoor
+from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.connections import SERVER_OPTIONS, Limits
+from tgi_patch.gateway.proxy import Gateway, GatewayOptions
 from tgi_patch.settings import Settings
 
 
@@ -53,7 +55,7 @@ class Shards:
 
 
 @asynccontextmanager
-async def door(shards, settings=None, limits=None, upstream=None, token="secret"):
+async def gateway(shards, settings=None, limits=None, upstream=None, **options):
     seen = []
 
     async def answer(request):
@@ -69,15 +71,32 @@ async def door(shards, settings=None, limits=None, upstream=None, token="secret"
         return web.json_response({"generated_text": "said"}, headers={"X-Request-Id": "7"})
 
     application = web.Application()
+    health = {"status": 200}
+
+    async def healthy(request):
+        return web.Response(**health)
+
+    application.router.add_get("/health", healthy)
     application.router.add_route("*", "/{path:.*}", upstream or answer)
-    async with TestServer(application) as server:
+    server = TestServer(application)
+    # as TGI's router, which has no limit of 8 KB
+    await server.start_server(max_line_size=1 << 20, max_field_size=1 << 20)
+    async with server:
         settings = settings or Settings(adapters={"acme": "org/acme"}, base_models=("meta/base",))
-        fleet = Fleet(settings, 2, {"meta/base"}, {"all-token"}, ask=shards.ask)
-        await fleet.start()
-        made = FrontDoor(str(server.make_url("")).rstrip("/"), fleet, token, limits)
-        async with TestClient(TestServer(made.application())) as client:
-            client.seen, client.fleet, client.door = seen, fleet, made
+        adapters = AdapterManager(settings, 2, {"meta/base"}, {"all-token"}, ask=shards.ask)
+        await adapters.start()
+        options = GatewayOptions(**{"admin_token": "secret"} | options)
+        made = Gateway(
+            str(server.make_url("")).rstrip("/"), adapters, options, replace(limits or Limits(), penalty_s=0)
+        )
+        public = TestServer(made.application())
+        # the test server sets handler_cancellation itself
+        await public.start_server(**{n: v for n, v in SERVER_OPTIONS.items() if n != "handler_cancellation"})
+        watch = asyncio.create_task(made.connections.watch(public.runner.server, period_s=0.05))
+        async with TestClient(public) as client:
+            client.seen, client.adapters, client.gateway, client.health = seen, adapters, made, health
             yield client
+        watch.cancel()
 
 
 def answering_after(event):

@@ -46,7 +46,7 @@ def test_all_of_it(tmp_path):
         ({"PREFT_SLOTS": "many"}, "PREFT_SLOTS is 'many'"),
         ({"PREFT_DISABLE": "yes"}, "PREFT_DISABLE is 'yes'"),
         ({"PREFT_ADAPTERS": "a=b=c"}, "'a=b=c' is not id"),
-        ({"PREFT_ADAPTERS": "a=x/y,a=x/z"}, "'a' is there twice"),
+        ({"PREFT_ADAPTERS": "a=x/y,a=x/z"}, "'a' is listed twice"),
         ({"PREFT_ADAPTERS": "__base__=x/y"}, "names that begin with __"),
         ({"PREFT_ADAPTERS_FILE": "nowhere.toml"}, "PREFT_ADAPTERS_FILE: nowhere.toml"),
         ({"PREFT_RESERVE": "lora:129"}, "PREFT_RESERVE has 'lora:129'"),
@@ -57,13 +57,52 @@ def test_all_of_it(tmp_path):
         ({"PREFT_PREFIX_CACHE": "1"}, "PREFT_PREFIX_CACHE is set and there are no PreFT adapters"),
         ({"PREFT_PREFIX_TOKENS": "0"}, "PREFT_PREFIX_TOKENS is '0'"),
         ({"PREFT_LORA_FIXES": "graph"}, "PREFT_LORA_FIXES has graph"),
-        ({"PREFT_SLOT": "3"}, "PREFT_SLOT is no variable of ours"),
+        ({"PREFT_SLOT": "3"}, "PREFT_SLOT is not a variable of PreFT"),
     ],
 )
 def test_what_cannot_be_used_is_said(variables, said):
     with pytest.raises(SettingsError) as caught:
         read_settings(variables)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"PREFT_ADAPTERS_FILE": "gone.toml"},
+        {"PREFT_ADAPTERS": "a=b=c"},
+        {"PREFT_SLOTS": "many"},
+        {"PREFT_SLOT": "3"},
+        {"PREFT_ADAPTER_SOURCE": "hub"},
+        {"PREFT_PREFIX_CACHE": "1"},
+    ],
+)
+def test_the_kill_switch_works_whatever_else_is_wrong(wrong):
+    with pytest.raises(SettingsError):
+        read_settings(wrong)
+    settings = read_settings(wrong | {"PREFT_DISABLE": "1"})
+    assert settings.disabled
+    assert not settings.active
+
+
+@pytest.mark.parametrize("service", ["PREFT", "PREFT_ADMIN", "PREFT_ROUTER"])
+def test_variables_of_a_kubernetes_service_do_not_stop_the_start(service):
+    """Kubernetes sets them in every pod of the namespace for a Service called preft, preft-admin or preft-router."""
+    linked = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "80",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.0.0.1:80",
+        "PORT_80_TCP": "tcp://10.0.0.1:80",
+        "PORT_80_TCP_PROTO": "tcp",
+        "PORT_80_TCP_PORT": "80",
+        "PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    environment = {f"{service}_{name}": value for name, value in linked.items()}
+    assert read_settings(environment) == read_settings({})
+    # a name of that shape with another value is a misspelt variable
+    with pytest.raises(SettingsError, match="PREFT_RUTER_PORT is not a variable"):
+        read_settings({"PREFT_RUTER_PORT": "13000"})
 
 
 def test_all_faults_are_said_at_once():

@@ -1,10 +1,9 @@
-"""The adapters of all shards, as the front door sees them: ready, on their way, refused, or leaving."""
+"""The adapters of all shards, as requests may name them. `states` has the table of their transitions."""
 
 import asyncio
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -13,25 +12,30 @@ from preft_core.format.config import AdapterError
 from preft_core.hub.manifest import name_fault
 from preft_core.hub.source import find_adapter, hub_id, same_place
 from preft_core.pool.lease import unknown_names
-from tgi_patch.gateway.errors import RETRY_AFTER_S, Answer, NotAccepted, answer_to, classified
+from tgi_patch.gateway.errors import RETRY_AFTER_S, ErrorResponse, RequestRejected, load_error, rejection
 from tgi_patch.gateway.shards import Shards
+from tgi_patch.gateway.states import Adapter, State
+from tgi_patch.gateway.telemetry import log
 from tgi_patch.server.control import ask
 from tgi_patch.settings import BASE_IDS, Settings
 
 HUB_ID = re.compile(r"([\w][\w.-]*)/[\w][\w.-]*")
-REFUSED_FOR_S = 60.0
-"""Seconds that a refusal is remembered, so that a bad adapter is not downloaded for every request."""
+REJECTED_FOR_S = 60.0
+"""Seconds that a rejection is remembered, so that a bad adapter is not downloaded for every request."""
 FAILED_FOR_S = 5.0
-"""Seconds that a failure which may pass, as of the network, is remembered."""
+"""Seconds that a failure which may pass is remembered."""
+ABANDONED_FOR_S = 30.0
+"""Seconds that a request without a complete response still counts as in flight: its prefill may be under way."""
 WATCH_S = 2.0
-"""Seconds between two looks at what the shards hold."""
+"""Seconds between two checks for lost adapters."""
+MAX_REJECTED = 10_000
 
 
-class Fleet:
+class AdapterManager:
     """Which adapters a request may name. All methods run in one event loop; the shards are asked in threads.
 
     Args:
-        settings: limits and where adapters may come from
+        settings: limits, and where adapters may come from
         world_size: number of shards
         base_ids: names of the base model
         others: ids of TGI's own LORA_ADAPTERS
@@ -50,249 +54,247 @@ class Fleet:
         self._shards = Shards(settings.control, world_size, ask)
         self.base_ids = {*BASE_IDS, *base_ids}
         self._others = others
-        self.ready: dict[str, dict[str, Any]] = {}
         self.started = False
-        self._loading: dict[str, asyncio.Task[None]] = {}
-        self._refused: dict[str, tuple[float, Answer]] = {}
-        self._in_flight: Counter[str] = Counter()
-        self._leaving: set[str] = set()
-        # names under which some shard may still hold an adapter that is no longer served
-        self._unclear: set[str] = set()
-        self._idle = asyncio.Condition()
+        self._adapters: dict[str, Adapter] = {}
+        # one change of the shards' adapters at a time
         self._changes = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
-        # loaded because a request named them: id -> when it was last used
-        self._lazy: dict[str, float] = {}
-        # downloads have threads of their own, so that a slow Hub does not keep the shards from being asked
+        # downloads have their own threads, so that a slow Hub does not delay requests to the shards
         self._downloads = ThreadPoolExecutor(4, thread_name_prefix="preft-download")
 
     async def start(self) -> bool:
-        """Asks the shards what they know. Returns whether they are up."""
+        """Asks the shards for their adapters. Returns whether they are up."""
         if self.started or not self._settings.active:
             self.started = True
             return True
         listed = await self._shards.adapters()
         if listed is not None and not self.started:
-            self.ready, differing = listed
+            ready, differing = listed
+            for name, facts in ready.items():
+                self._adapters[name] = Adapter(name, State.READY, facts)
             for name in differing:
-                self._lose(name, "the shards hold different weights of it: add it again")
+                self._lose(
+                    self._adapters.setdefault(name, Adapter(name)),
+                    "the shards hold different weights of it: add it again",
+                )
             self.started = True
         return self.started
 
     async def watch(self) -> None:
-        """Waits for the shards, then takes adapters out whose files can no longer be read. Does not end."""
-        while not await self.start():
-            await asyncio.sleep(0.5)
+        """Rejects adapters whose files the shards can no longer read. Does not return."""
         while self._settings.active:
             await asyncio.sleep(WATCH_S)
             for name, fault in (await self._shards.faults()).items():
-                if name in self.ready and name not in self._leaving:
-                    self._lose(name, f"{fault}; add it again")
+                adapter = self._adapters.get(name)
+                if adapter is not None and adapter.state is State.READY:
+                    self._lose(adapter, f"{fault}; add it again")
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[str | None]:
-        """Holds an adapter for one request, having checked that it can be served.
+    def lease(self, names: Iterable[str]) -> Iterator[None]:
+        """Counts a request as in flight for adapters, having checked that they can be served.
 
-        Yields: the adapter's id, None for the base model.
+        Leave it without an exception only if the router has sent a complete response.
+
         Raises:
-            NotAccepted: 404 unknown, 422 refused, 503 on its way.
+            RequestRejected: 404 unknown, 422 rejected, 503 being loaded.
         """
-        if name is None or name in self.base_ids:
-            yield None
-            return
-        self._check(name)
-        self._in_flight[name] += 1
-        if name in self._lazy:
-            self._lazy[name] = time.monotonic()
+        adapters = [self._serving(name) for name in names if name not in self.base_ids | self._others]
+        for adapter in adapters:
+            adapter.in_flight += 1
+            adapter.last_used = adapter.last_used and time.monotonic()
         try:
-            yield name
-        finally:
-            self._in_flight[name] -= 1
-            if not self._in_flight[name]:
-                del self._in_flight[name]
-                if name in self._leaving:
-                    self._spawn(self._notify())
+            yield
+        except BaseException:
+            asyncio.get_running_loop().call_later(ABANDONED_FOR_S, self._release, adapters)
+            raise
+        self._release(adapters)
 
-    async def add(self, name: str, location: str) -> None:
-        """Makes an adapter known to all shards, or to none.
+    async def add(self, name: str, location: str) -> dict[str, Any]:
+        """Registers an adapter on all shards, or on none. Returns its facts.
 
         Raises:
-            NotAccepted: 404, 409, 422 or 503.
+            RequestRejected: 404, 409, 422 or 503.
         """
         reason = name_fault(name)
         if reason is not None or name in self.base_ids | self._others:
-            raise NotAccepted(Answer(422, f"adapter id {name!r}: {reason or 'it stands for something else already'}"))
-        if name in self._leaving:
-            leaving = "is leaving, its requests have not ended: ask again"
-            raise NotAccepted(Answer(409, f"adapter {name!r} {leaving}", RETRY_AFTER_S))
-        if name in self.ready:
-            await self._compare(name, location)
-        elif name not in self._loading:
-            self._refused.pop(name, None)
-            self._loading[name] = asyncio.create_task(self._load(name, location))
-        if name in self._loading:
-            await asyncio.shield(self._loading[name])
-        if name not in self.ready:
-            refused = self._refused.get(name)
-            gone = Answer(503, f"adapter {name!r} was removed meanwhile: ask again", RETRY_AFTER_S)
-            raise NotAccepted(refused[1] if refused is not None else gone)
-        known = str(self.ready[name].get("location", location))
+            raise rejection(
+                422, f"adapter id {name!r}: {reason or 'it names another model already'}: choose another id"
+            )
+        adapter = self._adapters.setdefault(name, Adapter(name))
+        if adapter.state is State.REMOVING:
+            raise rejection(409, f"adapter {name!r} is being removed: try again", RETRY_AFTER_S)
+        if adapter.state is State.READY:
+            known = str(adapter.facts.get("location", location))
+            if hub_id(known) is None and same_place(location, known):
+                # a directory may have other content than when it was added
+                async with self._changes:
+                    await self._shards.compare(name, location)
+        elif adapter.state is not State.LOADING:
+            self._start_loading(adapter, location)
+        if adapter.state is State.LOADING and adapter.task is not None:
+            await asyncio.shield(adapter.task)
+        if adapter.state is not State.READY:
+            gone = ErrorResponse(503, f"adapter {name!r} was removed meanwhile: try again", RETRY_AFTER_S)
+            raise RequestRejected(adapter.error or gone)
+        known = str(adapter.facts.get("location", location))
         if not same_place(location, known):
-            raise NotAccepted(Answer(409, f"adapter {name!r} is {known} already: remove it first"))
+            raise rejection(409, f"adapter {name!r} is {known} already: remove it first")
+        return adapter.facts
 
     async def remove(self, name: str) -> bool:
-        """Takes no more requests for an adapter, and has the shards forget it when its last request has ended.
+        """Accepts no more requests for an adapter, and unregisters it when its last request has finished.
 
         Returns: whether that was at once.
         Raises:
-            NotAccepted: 404.
+            RequestRejected: 404.
         """
-        if name not in self.ready or name in self._leaving:
-            raise NotAccepted(self._unknown(name))
-        self._leaving.add(name)
-        at_once = not self._in_flight[name]
-        task = self._spawn(self._forget(name))
+        adapter = self._adapters.get(name)
+        if adapter is None or adapter.state is not State.READY:
+            raise rejection(404, self._unknown(name))
+        adapter.state = State.REMOVING
+        adapter.task = asyncio.create_task(self._remove(adapter))
+        at_once = not adapter.in_flight
         if at_once:
-            await task
+            await adapter.task
         return at_once
 
+    def base_names(self) -> list[str]:
+        """Returns the base model's ids."""
+        return sorted(self.base_ids - BASE_IDS)
+
     def names(self) -> list[str]:
-        """Returns the ids that may be asked for: the base model's own, then those of adapters."""
-        return [*sorted(self.base_ids - BASE_IDS), *sorted((self.ready.keys() - self._leaving) | self._others)]
+        """Returns the ids that requests may name: the base model's, then those of adapters."""
+        return [*self.base_names(), *sorted({a.name for a in self._in(State.READY)} | self._others)]
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """Returns id -> facts and state of the adapters that are being loaded, served or removed."""
+        adapters = self._in(State.LOADING, State.READY, State.REMOVING)
+        return {a.name: {**a.facts, "state": a.state.value, "in_flight": a.in_flight} for a in adapters}
 
     async def statistics(self) -> dict[str, float]:
-        """Returns the counts of the first shard; empty while it is not up."""
+        """Returns the counters of the first shard; empty while it is not up."""
         return await self._shards.statistics()
 
     async def close(self) -> None:
-        """Ends what is under way."""
-        for task in [*self._tasks, *self._loading.values()]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._loading.values(), return_exceptions=True)
+        """Cancels loading and removing."""
+        tasks = [adapter.task for adapter in self._adapters.values() if adapter.task and adapter.task.cancel()]
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._downloads.shutdown(wait=False, cancel_futures=True)
 
-    def _check(self, name: str) -> None:
-        if name in self._others:
-            return
+    def _in(self, *states: State) -> list[Adapter]:
+        return [adapter for adapter in self._adapters.values() if adapter.state in states]
+
+    def _serving(self, name: str) -> Adapter:
+        """Returns an adapter that can be served, or starts to load it.
+
+        Raises:
+            RequestRejected: it cannot be served now.
+        """
         if not self.started:
-            raise NotAccepted(Answer(503, "the server is starting: ask again", RETRY_AFTER_S))
-        if name in self.ready and name not in self._leaving:
-            return
-        if name in self._loading:
-            raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
-        refused = self._refused.get(name)
-        if refused is not None and time.monotonic() < refused[0]:
-            raise NotAccepted(refused[1])
+            raise rejection(503, "the server is starting: try again", RETRY_AFTER_S)
+        adapter = self._adapters.get(name, Adapter(name))
+        if adapter.state is State.READY:
+            return adapter
+        if adapter.state is not State.LOADING:
+            self._check_loadable(adapter)
+            adapter.last_used = time.monotonic()
+            self._start_loading(self._adapters.setdefault(name, adapter), name)
+        raise rejection(503, f"adapter {name!r} is being loaded: try again", RETRY_AFTER_S)
+
+    def _check_loadable(self, adapter: Adapter) -> None:
+        """Raises RequestRejected if a request must not load an adapter."""
+        name = adapter.name
+        if adapter.state is State.REJECTED and adapter.error is not None and time.monotonic() < adapter.error_until:
+            raise RequestRejected(adapter.error)
         match = HUB_ID.fullmatch(name)
         allowed = self._settings.organisations
         if not self._settings.lazy or match is None or hub_id(name) is None:
-            raise NotAccepted(self._unknown(name))
+            raise rejection(404, self._unknown(name))
         if "*" not in allowed and match[1] not in allowed:
-            raise NotAccepted(
-                Answer(404, f"adapter {name!r} is not known, and adapters of {match[1]!r} are not loaded from the Hub")
+            raise rejection(
+                404, f"adapter {name!r} is unknown, and adapters of {match[1]!r} are not loaded from the Hub"
             )
-        if name in self._leaving:
-            raise NotAccepted(Answer(503, f"adapter {name!r} is leaving: ask again", RETRY_AFTER_S))
-        if len(self._loading) >= self._settings.max_adapters:
-            raise NotAccepted(Answer(503, f"{len(self._loading)} adapters are being loaded: ask again", RETRY_AFTER_S))
-        self._lazy[name] = time.monotonic()
-        self._loading[name] = asyncio.create_task(self._load(name, name))
-        raise NotAccepted(Answer(503, f"adapter {name!r} is being loaded: ask again", RETRY_AFTER_S))
+        if adapter.state is State.REMOVING:
+            raise rejection(503, f"adapter {name!r} is being removed: try again", RETRY_AFTER_S)
+        loading = len(self._in(State.LOADING))
+        if loading >= self._settings.max_adapters:
+            raise rejection(503, f"{loading} adapters are being loaded: try again", RETRY_AFTER_S)
 
-    async def _make_room(self, name: str) -> None:
-        """Lets adapters go that were loaded on demand, are in no request, and were not used for longest."""
-        while len(self.ready) >= self._settings.max_adapters:
-            idle = [n for n in self._lazy if n in self.ready and n not in self._leaving and not self._in_flight[n]]
-            if not idle:
-                raise NotAccepted(Answer(503, f"adapter {name!r}: no more adapters are taken now", RETRY_AFTER_S))
-            await self._drop(min(idle, key=self._lazy.__getitem__))
+    def _start_loading(self, adapter: Adapter, location: str) -> None:
+        adapter.state, adapter.error = State.LOADING, None
+        adapter.task = asyncio.create_task(self._load(adapter, location))
 
-    async def _load(self, name: str, location: str) -> None:
-        """Downloads an adapter, hands it to all shards, and remembers the outcome. Never raises."""
+    async def _load(self, adapter: Adapter, location: str) -> None:
+        """Downloads an adapter and registers it on all shards. It is READY or REJECTED then."""
+        loop = asyncio.get_running_loop()
+        name, began = adapter.name, loop.time()
         try:
-            loop = asyncio.get_running_loop()
             source = await loop.run_in_executor(self._downloads, find_adapter, location)
             await loop.run_in_executor(self._downloads, source.fetch)
             async with self._changes:
-                if name in self._lazy:
+                if adapter.last_used is not None:
                     await self._make_room(name)
-                self.ready[name] = await self._handed(name, source.location)
-            self._refused.pop(name, None)
-        except AdapterError as error:
-            self._remember(name, classified(name, error))
-        except NotAccepted as error:
-            self._remember(name, error.answer)
-        except (OSError, ValueError, KeyError) as error:
-            self._remember(name, Answer(503, f"adapter {name!r} cannot be loaded now: {error}", RETRY_AFTER_S))
-        finally:
-            self._loading.pop(name, None)
+                if adapter.in_flight and self._shards.is_stale(name):
+                    # these requests may still be resolved to the old weights
+                    raise rejection(503, f"adapter {name!r} is still in requests: try again", RETRY_AFTER_S)
+                adapter.facts = await self._shards.add(name, source.location)
+                adapter.state = State.READY
+            log("adapter_loaded", adapter=name, location=source.location, seconds=round(loop.time() - began, 3))
+        except (AdapterError, RequestRejected, OSError, ValueError, KeyError) as error:
+            self._reject(adapter, load_error(name, error))
 
-    async def _handed(self, name: str, location: str) -> dict[str, Any]:
-        """Hands an adapter to all shards, or to none, and returns its facts."""
-        # a request in flight may still be resolved under the old weights
-        if name in self._unclear and (self._in_flight[name] or not await self._drop(name)):
-            raise NotAccepted(Answer(503, f"adapter {name!r} has not left all shards: ask again", RETRY_AFTER_S))
-        bad = await self._shards.add(name, location)
-        alike, _ = (await self._shards.adapters() if bad is None else None) or ({}, set())
-        if name in alike:
-            return alike[name]
-        await self._drop(name)
-        if bad is not None and bad["kind"] != "taken":
-            raise NotAccepted(answer_to(name, bad))
-        # the folder changed between two shards' reads, or a shard had another adapter under this name
-        raise NotAccepted(Answer(503, f"adapter {name!r}: the shards took different ones: ask again", RETRY_AFTER_S))
+    async def _make_room(self, name: str) -> None:
+        """Evicts adapters that were loaded by requests, are in no request, and were not used for longest."""
+        while len(self._in(State.READY, State.REMOVING)) >= self._settings.max_adapters:
+            idle = [a for a in self._in(State.READY) if a.last_used is not None and not a.in_flight]
+            if not idle:
+                raise rejection(503, f"adapter {name!r}: no room, all adapters are in use: try again", RETRY_AFTER_S)
+            oldest = min(idle, key=lambda adapter: adapter.last_used or 0.0)
+            await self._unregister(oldest)
+            log("adapter_evicted", adapter=oldest.name)
 
-    async def _compare(self, name: str, location: str) -> None:
-        """Has the shards compare a directory, given again, with what they hold: it may have other content by now."""
-        known = self.ready[name].get("location", location)
-        if hub_id(known) is None and same_place(location, known):
-            async with self._changes:
-                bad = await self._shards.add(name, location)
-            if bad is not None:
-                raise NotAccepted(answer_to(name, bad))
-
-    async def _forget(self, name: str) -> None:
-        async with self._idle:
-            await self._idle.wait_for(lambda: not self._in_flight[name])
+    async def _remove(self, adapter: Adapter) -> None:
+        while adapter.in_flight:
+            adapter.finished.clear()
+            await adapter.finished.wait()
         async with self._changes:
-            try:
-                await self._drop(name)
-            finally:
-                self._leaving.discard(name)
+            await self._unregister(adapter)
+        log("adapter_removed", adapter=adapter.name)
 
-    async def _drop(self, name: str) -> bool:
-        """Has the shards forget an adapter that is in no request. Returns whether all of them confirmed it."""
-        self.ready.pop(name, None)
-        self._lazy.pop(name, None)
-        self._unclear.add(name)
-        done = await self._shards.remove(name)
-        if done:
-            self._unclear.discard(name)
-        return done
+    async def _unregister(self, adapter: Adapter) -> None:
+        """Unregisters an adapter that is in no request."""
+        # a request is rejected from here on
+        adapter.state, adapter.facts, adapter.last_used = State.REMOVING, {}, None
+        await self._shards.remove(adapter.name)
+        adapter.state = State.ABSENT
+        self._discard(adapter)
 
-    def _lose(self, name: str, reason: str) -> None:
-        """Takes no more requests for an adapter that the shards cannot serve."""
-        self.ready.pop(name, None)
-        self._unclear.add(name)
-        self._remember(name, Answer(422, f"adapter {name!r}: {reason}"))
+    def _lose(self, adapter: Adapter, reason: str) -> None:
+        """Rejects requests for an adapter that the shards cannot serve."""
+        self._shards.mark_stale(adapter.name)
+        self._reject(adapter, ErrorResponse(422, f"adapter {adapter.name!r}: {reason}"))
 
-    async def _notify(self) -> None:
-        async with self._idle:
-            self._idle.notify_all()
-
-    def _remember(self, name: str, answer: Answer) -> None:
-        for_s = FAILED_FOR_S if answer.status == 503 else REFUSED_FOR_S
+    def _reject(self, adapter: Adapter, error: ErrorResponse) -> None:
         now = time.monotonic()
-        self._lazy.pop(name, None)
-        self._refused = {n: entry for n, entry in self._refused.items() if entry[0] > now}
-        if len(self._refused) < 10_000:
-            self._refused[name] = (now + for_s, answer)
+        adapter.state, adapter.error, adapter.facts, adapter.last_used = State.REJECTED, error, {}, None
+        adapter.error_until = now + (FAILED_FOR_S if error.status == 503 else REJECTED_FOR_S)
+        log("adapter_rejected", adapter=adapter.name, status=error.status, reason=error.message)
+        rejected = self._in(State.REJECTED)
+        for other in rejected:
+            if other.error_until <= now or (len(rejected) > MAX_REJECTED and other is adapter):
+                other.state = State.ABSENT
+                self._discard(other)
 
-    def _unknown(self, name: str) -> Answer:
-        return Answer(404, unknown_names([name], set(self.ready) - self._leaving | self._others, "tgi"))
+    def _release(self, adapters: list[Adapter]) -> None:
+        for adapter in adapters:
+            adapter.in_flight -= 1
+            if not adapter.in_flight:
+                adapter.finished.set()
+                self._discard(adapter)
 
-    def _spawn(self, work: Any) -> "asyncio.Task[None]":
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _discard(self, adapter: Adapter) -> None:
+        """Removes an adapter of which nothing has to be remembered."""
+        if adapter.state is State.ABSENT and not adapter.in_flight:
+            self._adapters.pop(adapter.name, None)
+
+    def _unknown(self, name: str) -> str:
+        return unknown_names([name], {adapter.name for adapter in self._in(State.READY)} | self._others, "tgi")

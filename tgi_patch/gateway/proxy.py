@@ -1,27 +1,29 @@
-"""The front door: a small proxy on the public port that answers for bad adapters before TGI's router sees them.
+"""The gateway: a proxy on the public port that rejects requests for bad adapters before TGI's router sees them.
 
-TGI has no error for one request of a batch: what fails in a prefill fails for every request in it. So an id is checked
-here. Everything else, streams included, passes through unchanged.
+TGI has no error for one request of a batch: an error in a prefill fails every request in it. So adapter ids are
+checked here. Everything else, streams included, is forwarded unchanged.
 """
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from tgi_patch.gateway.adapters import Fleet
-from tgi_patch.gateway.errors import Answer, NotAccepted
-from tgi_patch.gateway.metrics import Metrics
-from tgi_patch.gateway.request_body import EITHER, GENERATE, OPENAI, adapter_of
+from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.admin import AdminRoutes
+from tgi_patch.gateway.connections import Connections, Handler, Limits
+from tgi_patch.gateway.errors import RequestRejected, http_response, rejection
+from tgi_patch.gateway.request_body import ANY, GENERATE, OPENAI, VERTEX, adapters_of
+from tgi_patch.gateway.telemetry import Metrics, annotate, log, request_fields
 
-ALONGSIDE = ("/tokenize", "/chat_tokenize")
-PASSED_GET = ("/info", "/ping", "/docs", "/docs/{tail:.*}", "/api-doc/openapi.json")
+FORWARDED_GET = ("/info", "/docs", "/docs/{tail:.*}", "/api-doc/openapi.json")
+HEALTH = aiohttp.ClientTimeout(total=10)
 HOP_BY_HOP = {
     "connection",
     "content-length",
@@ -36,72 +38,87 @@ HOP_BY_HOP = {
     "transfer-encoding",
     "upgrade",
 }
-ADMIN = "/preft/adapters"
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one client cannot take from the others.
+class GatewayOptions:
+    """What an operator chose.
 
     Attributes:
-        body_bytes: of a request, as TGI's own limit
-        in_flight: requests at once; more are answered with 429
-        upload_s: seconds that a request may take to arrive
-        silence_s: seconds without a byte from TGI, after which a request is given up
-        drain_s: seconds that requests have to end when the service is stopped
+        admin_token: for the routes under /preft/adapters; empty turns them off
+        admin_apart: those routes are on another port, see `Gateway.admin_application`
+        api_key: TGI's --api-key; empty is none
+        access_log: writes one log line for each request
     """
 
-    body_bytes: int = 2 << 20
-    in_flight: int = 4096
-    upload_s: float = 60.0
-    silence_s: float = 600.0
-    drain_s: float = 60.0
+    admin_token: str = field(default="", repr=False)
+    admin_apart: bool = False
+    api_key: str = field(default="", repr=False)
+    access_log: bool = False
 
 
-class FrontDoor:
+class Gateway:
     """The proxy's application.
 
     Args:
         upstream: URL of TGI's router, without a slash at its end
-        fleet: which adapters may be asked for
-        admin_token: for the routes under /preft; empty turns them off
+        adapters: which adapters a request may name
+        options: see GatewayOptions
         limits: see Limits
     """
 
-    def __init__(self, upstream: str, fleet: Fleet, admin_token: str = "", limits: Limits | None = None):
+    def __init__(
+        self,
+        upstream: str,
+        adapters: AdapterManager,
+        options: GatewayOptions | None = None,
+        limits: Limits | None = None,
+    ):
         self._upstream = upstream
-        self._fleet = fleet
-        self._admin_token = admin_token
+        self._options = options or GatewayOptions()
+        self._adapters = adapters
         self._limits = limits or Limits()
+        self.connections = Connections(self._limits)
+        self._admin = AdminRoutes(adapters, self._options.admin_token, self.connections, self.ready)
         self.metrics = Metrics()
         self._session: aiohttp.ClientSession | None = None
         self._in_flight = 0
         self.stopping = False
 
     def application(self) -> web.Application:
-        """Returns the aiohttp application. Run it with handler_cancellation, so that a client that goes away frees
-        its request in TGI."""
-        application = web.Application(client_max_size=self._limits.body_bytes)
-        for path in (*GENERATE, *OPENAI, *EITHER):
-            application.router.add_post(path, self._counted(self._adapted))
-        for path in ALONGSIDE:
-            application.router.add_post(path, self._counted(self._passed))
-        for path in PASSED_GET:
-            application.router.add_get(path, self._answering(self._passed))
-        # a browser's question before a request to another origin: the router answers it
-        for path in (*GENERATE, *OPENAI, *EITHER, *ALONGSIDE):
-            application.router.add_route("OPTIONS", path, self._answering(self._passed))
+        """Returns the aiohttp application. Run it with `connections.SERVER_OPTIONS`."""
+        # one byte more: `body` has the exact limit
+        application = web.Application(
+            client_max_size=self._limits.body_bytes + 1, middlewares=[self._errors, self.connections.middleware]
+        )
+        for path in (*GENERATE, *OPENAI, *ANY, *VERTEX):
+            application.router.add_post(path, self._generate)
+        application.router.add_post("/tokenize", self._tokenize)
+        application.router.add_post("/chat_tokenize", self._chat_tokenize)
+        for path in FORWARDED_GET:
+            application.router.add_get(path, self._get)
+        for path in (*GENERATE, *OPENAI, *ANY, *VERTEX, "/tokenize", "/chat_tokenize"):
+            application.router.add_route("OPTIONS", path, self._get)
         application.router.add_get("/v1/models", self._models)
-        application.router.add_get("/health", self._health)
+        # TGI's router serves its health under three names; SageMaker asks /ping
+        for path in ("/health", "/ping", "/"):
+            application.router.add_get(path, self._health)
+        application.router.add_get("/preft/live", self._live)
+        application.router.add_get("/preft/ready", self._ready)
         application.router.add_get("/metrics", self._metrics)
-        application.router.add_get(ADMIN, self._admin(self._list))
-        application.router.add_post(ADMIN, self._admin(self._add))
-        application.router.add_delete(ADMIN + "/{name:.+}", self._admin(self._remove))
+        if not self._options.admin_apart:
+            self._admin.add_to(application)
         application.cleanup_ctx.append(self._connected)
         return application
 
+    def admin_application(self) -> web.Application:
+        """Returns an application with the admin routes alone, for another port."""
+        application = web.Application(middlewares=[self._errors, self.connections.middleware])
+        self._admin.add_to(application)
+        return application
+
     async def drained(self) -> bool:
-        """Takes no new requests and waits for those in flight. Returns whether all ended in time."""
+        """Rejects new requests and waits for those in flight. Returns whether all finished in time."""
         self.stopping = True
         deadline = asyncio.get_running_loop().time() + self._limits.drain_s
         while self._in_flight and asyncio.get_running_loop().time() < deadline:
@@ -109,41 +126,49 @@ class FrontDoor:
         return self._in_flight == 0
 
     async def _connected(self, application: web.Application) -> AsyncIterator[None]:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=self._limits.silence_s)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=self._limits.upstream_s)
         connector = aiohttp.TCPConnector(limit=0)
         # what TGI compresses stays compressed
         self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
         yield
         await self._session.close()
-        await self._fleet.close()
+        await self._adapters.close()
 
-    def _answering(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-        """Returns a handler whose NotAccepted is the answer."""
-
-        async def answering(request: web.Request) -> web.StreamResponse:
+    @web.middleware
+    async def _errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Turns RequestRejected into a response. Sets the request id, and writes the access log."""
+        began = asyncio.get_running_loop().time()
+        status = 499  # as other servers log a client that left
+        with request_fields(request.headers.get("X-Request-Id")) as fields:
             try:
-                return await handle(request)
-            except NotAccepted as error:
-                return self._refused(request, error.answer)
-
-        return answering
-
-    def _counted(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-        """Returns a handler that answers, and holds one of the places for requests meanwhile."""
-
-        async def counted(request: web.Request) -> web.StreamResponse:
-            with self._place():
-                return await handle(request)
-
-        return self._answering(counted)
+                response = await handler(request)
+                status = response.status
+                return response
+            except RequestRejected as error:
+                status = error.response.status
+                self.metrics.rejected(str(status))
+                if status in {400, 408, 413, 415}:
+                    await asyncio.sleep(self._limits.penalty_s)
+                return http_response(error.response, request.path, fields["request_id"])
+            except web.HTTPException as error:
+                status = error.status
+                raise
+            finally:
+                if self._options.access_log:
+                    seconds = round(asyncio.get_running_loop().time() - began, 4)
+                    log("request", method=request.method, path=request.path, status=status, seconds=seconds)
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
+    def _counted(self) -> Iterator[None]:
+        """Counts a request as in flight.
+
+        Raises:
+            RequestRejected: 429 for too many, 503 if the service is stopping.
+        """
         if self.stopping:
-            raise NotAccepted(Answer(503, "the server is stopping", 5))
+            raise rejection(503, "the server is stopping", 5)
         if self._in_flight >= self._limits.in_flight:
-            busy = f"{self._in_flight} requests are in flight, as many as are taken: ask again"
-            raise NotAccepted(Answer(429, busy, 1))
+            raise rejection(429, f"{self._in_flight} requests are in flight, which is the limit: try again", 1)
         self._in_flight += 1
         self.metrics.in_flight.set(self._in_flight)
         try:
@@ -152,134 +177,124 @@ class FrontDoor:
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
 
-    async def _adapted(self, request: web.Request) -> web.StreamResponse:
-        text = await self._body(request)
-        with self._fleet.using(adapter_of(request.path, text)) as adapter:
-            self.metrics.asked(adapter)
-            return await self._forwarded(request, text)
+    def _has_key(self, request: web.Request) -> bool:
+        """Returns whether a request has the API key, compared as TGI's router does: in any case, ASCII alone."""
+        given = request.headers.get("Authorization", "")
+        wanted = f"Bearer {self._options.api_key}".lower().encode()
+        return not self._options.api_key or (given.isascii() and hmac.compare_digest(given.lower().encode(), wanted))
 
-    async def _passed(self, request: web.Request) -> web.StreamResponse:
-        return await self._forwarded(request, await self._body(request))
+    def _check_key(self, request: web.Request) -> None:
+        if not self._has_key(request):
+            raise rejection(401, "send the server's API key as a bearer token")
 
-    async def _body(self, request: web.Request) -> bytes:
-        try:
-            async with asyncio.timeout(self._limits.upload_s):
-                return await request.read()
-        except web.HTTPRequestEntityTooLarge as error:
-            raise NotAccepted(Answer(413, f"the request has more than {self._limits.body_bytes} bytes")) from error
-        except TimeoutError as error:
-            late = f"the request was not here whole after {self._limits.upload_s:g} s"
-            raise NotAccepted(Answer(408, late)) from error
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        self._check_key(request)
+        with self._counted():
+            body = await self.connections.body(request)
+            names = await self.connections.parsed(body, partial(adapters_of, request.path))
+            annotate(adapter=",".join(sorted(names)))
+            with self._adapters.lease(names):
+                self.metrics.forwarded(names - self._adapters.base_ids)
+                return await self._forward(request, body)
 
-    def _refused(self, request: web.Request, answer: Answer, status: str = "") -> web.Response:
-        """Returns an error in place of TGI's answer, and counts it."""
-        self.metrics.answered(status or str(answer.status))
-        return _said(request, answer)
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        self._check_key(request)
+        return await self._chat_tokenize(request)
 
-    async def _forwarded(self, request: web.Request, text: bytes) -> web.StreamResponse:
-        """Returns TGI's answer, passed on piece by piece as it comes."""
+    async def _chat_tokenize(self, request: web.Request) -> web.StreamResponse:
+        # TGI's router asks no key for it
+        with self._counted():
+            return await self._forward(request, await self.connections.body(request))
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        return await self._forward(request, b"")
+
+    async def _forward(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        """Returns TGI's response; a stream is forwarded part by part.
+
+        Raises:
+            RequestRejected: 502 or 504 if TGI's router does not respond.
+            CancelledError: the stream broke, and the client's connection was aborted.
+        """
         assert self._session is not None
-        headers = _kept(request.headers)
         url = self._upstream + request.path_qs
         response: web.StreamResponse | None = None
         try:
             async with self._session.request(
-                request.method, url, data=text or None, headers=headers, allow_redirects=False
-            ) as answer:
-                if not answer.content_type.startswith("text/event-stream"):
-                    return web.Response(status=answer.status, body=await answer.read(), headers=_kept(answer.headers))
-                response = web.StreamResponse(status=answer.status, headers=_kept(answer.headers))
+                request.method, url, data=body or None, headers=_end_to_end(request.headers), allow_redirects=False
+            ) as upstream:
+                headers = _end_to_end(upstream.headers)
+                if not upstream.content_type.startswith("text/event-stream"):
+                    return web.Response(status=upstream.status, body=await upstream.read(), headers=headers)
+                response = web.StreamResponse(status=upstream.status, headers=headers)
                 await response.prepare(request)
-                async for piece in answer.content.iter_any():
-                    await response.write(piece)
+                async for part in upstream.content.iter_any():
+                    async with asyncio.timeout(self._limits.download_s):
+                        await response.write(part)
                 await response.write_eof()
                 return response
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             if response is not None:
-                self.metrics.answered("upstream")
-                # the answer has begun: end the connection, so that the client does not take it for whole
+                # the response has begun: abort the connection, so that the client does not take it for complete
+                self.metrics.rejected("upstream")
                 if request.transport is not None:
                     request.transport.abort()
-                return response
-            late = isinstance(error, asyncio.TimeoutError)
-            if late:
-                silent = Answer(504, f"TGI said nothing for {self._limits.silence_s:g} s")
-                return self._refused(request, silent, "upstream")
-            return self._refused(request, Answer(502, f"TGI's router does not answer: {error}", 5), "upstream")
+                raise asyncio.CancelledError from error
+            if isinstance(error, aiohttp.SocketTimeoutError):
+                raise rejection(504, f"TGI sent nothing for {self._limits.upstream_s} s") from error
+            raise rejection(502, f"TGI's router does not respond: {error}", 5) from error
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in self._fleet.names()]
+        # adapter ids are for those that may use them
+        names = self._adapters.names() if self._has_key(request) else self._adapters.base_names()
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "preft"} for name in names]
         return web.json_response({"object": "list", "data": models})
 
-    async def _health(self, request: web.Request) -> web.StreamResponse:
+    async def ready(self) -> str:
+        """Returns why no request with an adapter can be served now; empty if it can."""
+        assert self._session is not None
         if self.stopping:
-            return _said(request, Answer(503, "the server is stopping"))
-        if not await self._fleet.start():
-            return _said(request, Answer(503, "the server is starting", 2))
-        return await self._forwarded(request, b"")
+            return "the server is stopping"
+        try:
+            async with self._session.get(self._upstream + "/health", timeout=HEALTH) as response:
+                up = response.status == 200
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            up = False
+        if not up:
+            return "TGI is not ready"
+        return "" if await self._adapters.start() else "the adapters are not loaded yet"
+
+    async def watch(self) -> None:
+        """Waits until the service is ready, then watches its adapters. Does not return."""
+        while await self.ready():
+            await asyncio.sleep(0.5)
+        await self._adapters.watch()
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        if reason := await self.ready():
+            raise rejection(503, reason, 2)
+        return web.Response()
+
+    async def _live(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"live": True})
+
+    async def _ready(self, request: web.Request) -> web.StreamResponse:
+        reason = await self.ready()
+        body = {"ready": not reason, "reason": reason, "in_flight": self._in_flight}
+        return web.json_response(body, status=503 if reason else 200)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         assert self._session is not None
-        ours = self.metrics.text(await self._fleet.statistics())
+        own = self.metrics.text(await self._adapters.statistics(), names=self._has_key(request))
         try:
-            async with self._session.get(self._upstream + "/metrics") as answer:
-                theirs = await answer.read() if answer.status == 200 else b""
+            async with self._session.get(self._upstream + "/metrics") as response:
+                upstream = await response.read() if response.status == 200 else b""
         except (TimeoutError, aiohttp.ClientError, OSError):
-            theirs = b""
-        return web.Response(body=theirs + ours, headers={"Content-Type": "text/plain; version=0.0.4"})
-
-    def _admin(self, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Any:
-        async def checked(request: web.Request) -> web.StreamResponse:
-            if not self._admin_token:
-                return _said(request, Answer(403, "set PREFT_ADMIN_TOKEN to manage adapters while the server runs"))
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            # a header may have bytes that are no UTF-8
-            if not hmac.compare_digest(given.encode(errors="surrogateescape"), self._admin_token.encode()):
-                return _said(request, Answer(401, "give PREFT_ADMIN_TOKEN as a bearer token"))
-            try:
-                return await handle(request)
-            except NotAccepted as error:
-                return _said(request, error.answer)
-
-        return checked
-
-    async def _list(self, request: web.Request) -> web.StreamResponse:
-        await self._fleet.start()
-        return web.json_response({"adapters": self._fleet.ready})
-
-    async def _add(self, request: web.Request) -> web.StreamResponse:
-        try:
-            body = await request.json()
-            name, location = body["id"], body.get("location") or body["id"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            name = location = None
-        if not isinstance(name, str) or not isinstance(location, str):
-            return _said(request, Answer(422, 'give {"id": "acme", "location": "org/name@revision or a directory"}'))
-        if not await self._fleet.start():
-            return _said(request, Answer(503, "the server is starting", 2))
-        await self._fleet.add(name, location)
-        return web.json_response({"id": name, **self._fleet.ready.get(name, {})}, status=201)
-
-    async def _remove(self, request: web.Request) -> web.StreamResponse:
-        name = request.match_info["name"]
-        at_once = await self._fleet.remove(name)
-        state = "removed" if at_once else "leaving when its requests have ended"
-        return web.json_response({"id": name, "state": state}, status=200 if at_once else 202)
+            upstream = b""
+        return web.Response(body=upstream + own, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
-def _kept(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Returns the headers that are passed on, repeated ones too: those of the connection itself are not."""
+def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """Returns the headers that are forwarded, repeated ones too: all but those of the connection itself."""
     named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
     return CIMultiDict((n, v) for n, v in headers.items() if n.lower() not in HOP_BY_HOP | named)
-
-
-def _said(request: web.Request, answer: Answer) -> web.Response:
-    """Returns an error in the form of the route: OpenAI's, or TGI's."""
-    kinds = {401: "authentication", 404: "not_found", 422: "validation", 429: "overloaded", 503: "overloaded"}
-    kind = kinds.get(answer.status, "generation")
-    if request.path.startswith("/v1/"):
-        body: dict[str, Any] = {"error": {"message": answer.message, "type": kind, "code": answer.status}}
-    else:
-        body = {"error": answer.message, "error_type": kind}
-    headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
-    return web.json_response(body, status=answer.status, headers=headers)

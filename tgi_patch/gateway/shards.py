@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tgi_patch.gateway.errors import RETRY_AFTER_S, RequestRejected, rejection, shard_error
 from tgi_patch.server.control import ask
 
 Facts = dict[str, Any]
@@ -23,6 +24,7 @@ class Shards:
         self._control = control
         self._world_size = world_size
         self._ask = ask
+        self._stale: set[str] = set()
 
     async def ask_all(self, request: Facts, timeout_s: float = 10.0) -> list[Facts]:
         """Returns each rank's answer, in the order of the ranks. Never raises."""
@@ -31,8 +33,8 @@ class Shards:
     async def adapters(self) -> tuple[dict[str, Facts], set[str]] | None:
         """Returns the adapters that all ranks hold alike, and the names under which they do not.
 
-        None if a rank is silent. Ranks that hold different weights under one name would answer with the tokens of
-        neither adapter; if only some have it, the others wait for them without end.
+        None if a rank does not respond. Ranks with different weights under one name would generate the tokens of
+        neither adapter; if only some have it, the others wait for them forever.
         """
         answers = await self.ask_all({"op": "list"})
         if not all(answer["ok"] for answer in answers):
@@ -47,15 +49,54 @@ class Shards:
         answers = await self.ask_all({"op": "faults"})
         return {name: fault for answer in answers for name, fault in answer.get("faults", {}).items()}
 
-    async def add(self, name: str, location: str) -> Facts | None:
-        """Hands an adapter to all ranks. Returns the first answer of one that did not take it, None if all did."""
-        answers = await self.ask_all({"op": "add", "name": name, "location": location}, timeout_s=300.0)
-        return next((answer for answer in answers if not answer["ok"]), None)
+    async def add(self, name: str, location: str) -> Facts:
+        """Registers an adapter on all ranks, or on none. Returns what they report of it.
+
+        Raises:
+            RequestRejected: a rank did not take it, or they read different weights.
+        """
+        if name in self._stale and not await self.remove(name):
+            raise rejection(503, f"adapter {name!r} is still on some shards: try again", RETRY_AFTER_S)
+        refusal = await self._add(name, location)
+        same, _ = (await self.adapters() if refusal is None else None) or ({}, set())
+        if name in same:
+            return same[name]
+        await self.remove(name)
+        if refusal is not None and refusal["kind"] != "taken":
+            raise RequestRejected(shard_error(name, refusal))
+        # the directory changed between two ranks' reads, or a rank had another adapter under this name
+        raise rejection(503, f"adapter {name!r}: the shards read different weights: try again", RETRY_AFTER_S)
+
+    async def compare(self, name: str, location: str) -> None:
+        """Has all ranks compare a directory with the adapter of this name that they have.
+
+        Raises:
+            RequestRejected: its content has changed.
+        """
+        refusal = await self._add(name, location)
+        if refusal is not None:
+            raise RequestRejected(shard_error(name, refusal))
 
     async def remove(self, name: str) -> bool:
-        """Has all ranks forget an adapter. Returns whether every one confirmed that it has none of this name."""
+        """Unregisters an adapter on all ranks. Returns whether every one confirmed that it has none of this name."""
+        self._stale.add(name)
         answers = await self.ask_all({"op": "remove", "name": name})
-        return all(answer["ok"] or answer["kind"] == "unknown" for answer in answers)
+        done = all(answer["ok"] or answer["kind"] == "unknown" for answer in answers)
+        if done:
+            self._stale.discard(name)
+        return done
+
+    def mark_stale(self, name: str) -> None:
+        """Records that a rank may have an adapter of this name that is not served."""
+        self._stale.add(name)
+
+    def is_stale(self, name: str) -> bool:
+        """Returns whether a rank may have an adapter of this name that is not served."""
+        return name in self._stale
+
+    async def _add(self, name: str, location: str) -> Facts | None:
+        answers = await self.ask_all({"op": "add", "name": name, "location": location}, timeout_s=300.0)
+        return next((answer for answer in answers if not answer["ok"]), None)
 
     async def statistics(self) -> dict[str, float]:
         """Returns the counts of the first rank; empty while it is not up."""

@@ -13,9 +13,9 @@ from preft_hf.hub import pull_adapters
 from tests.core.hub.conftest import hub  # noqa: F401
 from tests.hf.zoo import make_base, make_preft
 from tests.tgi.gateway.test_proxy import Shards
-from tgi_patch.gateway import adapters as fleet_module
-from tgi_patch.gateway.adapters import Fleet
-from tgi_patch.gateway.errors import NotAccepted
+from tgi_patch.gateway import adapters as adapters_module
+from tgi_patch.gateway.adapters import AdapterManager
+from tgi_patch.gateway.errors import RequestRejected
 from tgi_patch.settings import Settings
 
 pytestmark = [
@@ -63,26 +63,26 @@ def test_a_pull_leaves_nothing_half_written_and_heals(hub, small_disk, tmp_path)
 def test_a_server_goes_on_with_the_adapters_it_has(hub, small_disk, tmp_path, monkeypatch):  # noqa: F811
     _, enlarge = small_disk
     publish(hub, tmp_path / "large", "large")
-    monkeypatch.setattr(fleet_module, "FAILED_FOR_S", 0.0)
-    monkeypatch.setattr(fleet_module, "REFUSED_FOR_S", 1000.0)
+    monkeypatch.setattr(adapters_module, "FAILED_FOR_S", 0.0)
+    monkeypatch.setattr(adapters_module, "REJECTED_FOR_S", 1000.0)
 
     async def scenario() -> None:
         shards = Shards()
         settings = Settings(adapters={"acme": "org/acme"}, organisations=("org",), lazy=True)
-        fleet = Fleet(settings, 2, {"meta/base"}, set(), ask=shards.ask)
-        await fleet.start()
-        with pytest.raises(NotAccepted) as first:
-            await fleet.add("large", "org/large")
-        assert (first.value.answer.status, bool(first.value.answer.retry_after_s)) == (503, True)
-        assert "No space left on device" in first.value.answer.message
-        with fleet.using("acme") as name:
-            assert name == "acme"
+        adapters = AdapterManager(settings, 2, {"meta/base"}, set(), ask=shards.ask)
+        await adapters.start()
+        with pytest.raises(RequestRejected) as first:
+            await adapters.add("large", "org/large")
+        assert (first.value.response.status, bool(first.value.response.retry_after_s)) == (503, True)
+        assert "No space left on device" in first.value.response.message
+        with adapters.lease({"acme"}):
+            pass
         assert all("large" not in known for known in shards.known)
         enlarge()
-        await fleet.add("large", "org/large")
-        with fleet.using("large") as name:
-            assert name == "large"
-        await fleet.close()
+        await adapters.add("large", "org/large")
+        with adapters.lease({"large"}):
+            pass
+        await adapters.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tgi_patch.gateway.errors import NotAccepted
-from tgi_patch.gateway.request_body import adapter_of
-from tgi_patch.gateway.service import make_plan
-from tgi_patch.settings import Settings, SettingsError, control_directory, private_directory
+from tgi_patch.gateway.errors import RequestRejected
+from tgi_patch.gateway.request_body import adapters_of
+from tgi_patch.settings import SettingsError, control_directory, private_directory
 
 PATHS = ("/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions", "/invocations")
 SECRET = "other-users-adapter"
 
 
 def read(path, body):
-    return adapter_of(path, json.dumps(body).encode())
+    names = adapters_of(path, json.dumps(body).encode())
+    return names.pop() if names else None
 
 
 def test_every_form_that_the_router_takes():
@@ -28,8 +28,20 @@ def test_every_form_that_the_router_takes():
     assert read("/invocations", {"inputs": "x", "parameters": {"adapter_id": "a"}}) == "a"
     assert read("/invocations", {"messages": [], "model": "a"}) == "a"
     assert read("/invocations", {"prompt": "x", "model": "a", "parameters": {"adapter_id": "a"}}) == "a"
-    with pytest.raises(NotAccepted, match="names two adapters, 'a' and 'b'"):
+    with pytest.raises(RequestRejected, match="names two adapters, 'a' and 'b'"):
         read("/invocations", {"prompt": "x", "model": "b", "parameters": {"adapter_id": "a"}})
+
+
+def test_every_instance_of_vertex_is_read():
+    chat = [{"messages": [], "model": name} for name in ("a", "b", "a")]
+    plain = {"inputs": "x", "parameters": {"max_new_tokens": 3}}
+    assert adapters_of("/vertex", json.dumps({"instances": [*chat, plain]}).encode()) == {"a", "b"}
+    # TGI drops it there, and would serve the base model
+    with pytest.raises(RequestRejected, match="ignores adapter_id on /vertex"):
+        read("/vertex", {"instances": [plain, {"inputs": "x", "parameters": {"adapter_id": "a"}}]})
+    for instances in (None, {}, [["a"]], "a"):
+        with pytest.raises(RequestRejected, match="instances must be an array of objects"):
+            read("/vertex", {"instances": instances})
 
 
 values = st.recursive(
@@ -47,7 +59,7 @@ def test_no_array_stands_for_an_object(path, body):
     """serde reads an array as an object's fields in their order, so an id may stand at any place of one."""
     try:
         name = read(path, body)
-    except NotAccepted:
+    except RequestRejected:
         return
     assert isinstance(body, dict)
     seen = {body.get("model")} if path.startswith("/v1/") else set()
@@ -57,35 +69,6 @@ def test_no_array_stands_for_an_object(path, body):
     if path == "/invocations":
         seen.add(body.get("model"))
     assert seen - {None} == {name} - {None}
-
-
-def plan(*arguments, adapters=("acme",), **environment):
-    return make_plan(Settings(adapters={name: f"/{name}" for name in adapters}), arguments, environment)
-
-
-def test_the_launchers_arguments_are_read_as_the_launcher_reads_them():
-    made = plan("--model-id", "org/m", "--lora-adapters", "a=org/x,org/y", LORA_ADAPTERS="z")
-    assert made.others == {"a", "org/y"}
-    assert made.command[1:5] == ["--model-id", "org/m", "--lora-adapters", "a=org/x,org/y"]
-    assert plan(LORA_ADAPTERS="z").others == {"z"}
-    gpus = {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert plan(**gpus).world_size == 2
-    for form in (("--sharded", "false"), ("--sharded=false",)):
-        assert plan(*form, **gpus).world_size == 1
-    assert plan(SHARDED="false", **gpus).world_size == 1
-    assert plan("--sharded", "false", "--num-shard", "2", **gpus).world_size == 2
-    for form in (("-p8080",), ("-p", "8080"), ("-p=8080",), ("--port=8080",)):
-        made = plan(*form)
-        assert (made.port, made.command[1:]) == (8080, ["--port", "18080", "--hostname", "127.0.0.1"])
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("tgi", "stands for the base"), ("org/m", "stands for the base"), ("x", "x is in LORA_ADAPTERS too")],
-)
-def test_ids_that_stand_for_something_else_are_refused_at_the_start(name, said):
-    with pytest.raises(SettingsError, match=f"{said}.*another id"):
-        plan("--model-id", "org/m", adapters=("acme", name), LORA_ADAPTERS="x=org/x")
 
 
 def test_the_control_directory_is_ones_own(tmp_path):

@@ -1,4 +1,4 @@
-"""`python -m tgi_patch serve` whole: front door, patched server, clients over HTTP. The launcher is a stand-in."""
+"""`python -m tgi_patch serve` whole: gateway, patched server, clients over HTTP. The launcher is a stand-in."""
 
 import json
 import os
@@ -270,7 +270,7 @@ def test_bad_adapters_are_refused_and_others_go_on(service, tmp_path):
 
 
 def test_killed_and_started_again():
-    """The front door is killed with no time to clean up: TGI ends with it, and the same command serves again."""
+    """The gateway is killed with no time to clean up: TGI ends with it, and the same command serves again."""
     model = make_tiny_model("llama")
     ids = some_ids(8, 22)
     first = Service(model)
@@ -280,7 +280,7 @@ def test_killed_and_started_again():
     inner = first.port + 10_000 if first.port < 50_000 else first.port - 10_000
     deadline = time.monotonic() + 20
     while _listens(inner):
-        assert time.monotonic() < deadline, "TGI outlived its front door"
+        assert time.monotonic() < deadline, "TGI outlived its gateway"
         time.sleep(0.1)
     second = Service(model, port=first.port, PREFT_CONTROL_DIR=str(first.root / "c"))
     try:

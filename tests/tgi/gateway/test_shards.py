@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from preft_core.format.config import AdapterError, HubError
-from tests.tgi.gateways import Shards, answering_after, door, generate, run
-from tgi_patch.gateway import adapters as fleet_module
-from tgi_patch.gateway.proxy import Limits
+from tests.tgi.gateways import Shards, answering_after, gateway, generate, run
+from tgi_patch.gateway import adapters as adapters_module
+from tgi_patch.gateway.connections import Limits
 from tgi_patch.server.control import ControlServer, ask
 from tgi_patch.server.registry import AdapterTaken, UnknownAdapter
 from tgi_patch.settings import Settings
@@ -28,7 +28,7 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def found(monkeypatch):
-    monkeypatch.setattr(fleet_module, "find_adapter", Source)
+    monkeypatch.setattr(adapters_module, "find_adapter", Source)
 
 
 def post(client, name, location):
@@ -51,9 +51,9 @@ class Rewritten(Shards):
 def test_ranks_with_different_weights_serve_neither():
     async def check():
         shards = Rewritten()
-        async with door(shards) as client:
+        async with gateway(shards) as client:
             response = await post(client, "new", "/data/new")
-            assert (response.status, "took different ones" in await response.text()) == (503, True)
+            assert (response.status, "read different weights" in await response.text()) == (503, True)
             assert (await generate(client, "new")).status == 503
             assert all("new" not in known for known in shards.known)
             shards.rewritten = False
@@ -68,7 +68,7 @@ def test_ranks_that_differ_at_the_start():
         shards = Shards(("acme", "other"))
         shards.known[1]["other"] = {"location": "org/other@2"}
         shards.known[0]["alone"] = {"location": "org/alone@1"}
-        async with door(shards) as client:
+        async with gateway(shards) as client:
             assert (await generate(client, "acme")).status == 200
             for name in ("other", "alone"):
                 assert (await generate(client, name)).status == 422
@@ -82,7 +82,7 @@ def test_ranks_that_differ_at_the_start():
 def test_a_rank_that_is_late_holds_no_name_for_ever():
     async def check():
         shards = Shards()
-        async with door(shards) as client:
+        async with gateway(shards) as client:
             shards.silent = {1}
             assert (await post(client, "new", "/data/old")).status == 503
             # rank 0 took it, rank 1 answers to nothing
@@ -102,11 +102,11 @@ def test_a_rank_that_is_late_holds_no_name_for_ever():
     run(check())
 
 
-def test_an_adapter_that_is_leaving_is_not_added_as_if_it_were_there():
+def test_an_adapter_that_is_being_removed_is_not_added_as_if_it_were_there():
     held = asyncio.Event()
 
     async def check():
-        async with door(Shards(), upstream=answering_after(held)) as client:
+        async with gateway(Shards(), upstream=answering_after(held)) as client:
             first = asyncio.ensure_future(generate(client, "acme"))
             await asyncio.sleep(0.05)
             assert (await delete(client, "acme")).status == 202
@@ -124,12 +124,12 @@ def test_an_adapter_that_is_leaving_is_not_added_as_if_it_were_there():
 
 
 def test_an_adapter_whose_files_are_gone_fails_nobody_else(monkeypatch):
-    monkeypatch.setattr(fleet_module, "WATCH_S", 0.01)
+    monkeypatch.setattr(adapters_module, "WATCH_S", 0.01)
 
     async def check():
         shards = Shards(("acme", "other"))
-        async with door(shards) as client:
-            watch = asyncio.create_task(client.fleet.watch())
+        async with gateway(shards) as client:
+            watch = asyncio.create_task(client.adapters.watch())
             shards.broken = {"acme": "its file has changed"}
             while (response := await generate(client, "acme")).status == 200:
                 await asyncio.sleep(0.01)
@@ -146,14 +146,14 @@ def test_an_adapter_whose_files_are_gone_fails_nobody_else(monkeypatch):
 def test_names_of_nothing_evict_nobody(monkeypatch):
     def find(location):
         if "made-up" in location:
-            raise fleet_module.AdapterError("no such repository") from FileNotFoundError("x")
+            raise adapters_module.AdapterError("no such repository") from FileNotFoundError("x")
         return Source(location)
 
-    monkeypatch.setattr(fleet_module, "find_adapter", find)
+    monkeypatch.setattr(adapters_module, "find_adapter", find)
     settings = Settings(adapters={"acme": "org/acme"}, lazy=True, organisations=("*",), max_adapters=3)
 
     async def check():
-        async with door(Shards(), settings) as client:
+        async with gateway(Shards(), settings) as client:
             for name in ("a/1", "a/2"):
                 while (await generate(client, name)).status == 503:
                     await asyncio.sleep(0.01)
@@ -172,7 +172,7 @@ def test_a_request_never_loads_a_folder_of_the_server(monkeypatch, tmp_path):
 
     async def check():
         shards = Shards()
-        async with door(shards, settings) as client:
+        async with gateway(shards, settings) as client:
             for _ in range(3):
                 assert (await generate(client, "data/private")).status == 404
                 await asyncio.sleep(0.02)
@@ -183,7 +183,7 @@ def test_a_request_never_loads_a_folder_of_the_server(monkeypatch, tmp_path):
 
 def test_an_upload_that_never_ends_frees_its_place():
     async def check():
-        async with door(Shards(), limits=Limits(in_flight=2, upload_s=0.2)) as client:
+        async with gateway(Shards(), limits=Limits(in_flight=2, upload_s=0.2)) as client:
             port = client.server.port
             writers = []
             for _ in range(2):
@@ -205,7 +205,7 @@ def test_an_upload_that_never_ends_frees_its_place():
 
 def test_repeated_headers_pass_and_those_of_the_connection_do_not():
     async def check():
-        async with door(Shards()) as client:
+        async with gateway(Shards()) as client:
             headers = [("X-Forwarded-For", "1"), ("X-Forwarded-For", "2"), ("Connection", "X-Mine"), ("X-Mine", "3")]
             await client.post("/generate", json={"inputs": "x"}, headers=headers)
             _, _, passed = client.seen[-1]
@@ -219,7 +219,7 @@ def test_repeated_headers_pass_and_those_of_the_connection_do_not():
 
 def test_what_is_no_utf8_and_too_deep_on_admin_routes():
     async def check():
-        async with door(Shards()) as client:
+        async with gateway(Shards()) as client:
             _, writer = reader_and_writer = await asyncio.open_connection("127.0.0.1", client.server.port)
             writer.write(b"GET /preft/adapters HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\r\n\r\n")
             assert b" 401 " in await reader_and_writer[0].readline()
