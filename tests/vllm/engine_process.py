@@ -23,23 +23,23 @@ from tests.hf.oracle import adapted_copy
 from tests.hf.zoo import VOCABULARY, make_preft
 from tests.interpreter import ROOT, SOURCES
 from tests.ports import free_port
-from tests.tgi.server_process import World as Served
+from tests.tgi.server_process import TinyModel
 
 # vLLM's attention on a CPU takes heads of 32 and more
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 
 
-class World(Served):
+class ServedModel(TinyModel):
     """A model that vLLM serves."""
 
     def request(self, ids: list[int], name: str | None, new: int = 6) -> dict:
-        names = list(self.crowd.paths)
-        adapter = [name, names.index(name) + 1, str(self.crowd.paths[name])] if name else None
+        names = list(self.adapters.paths)
+        adapter = [name, names.index(name) + 1, str(self.adapters.paths[name])] if name else None
         return {"ids": ids, "adapter": adapter, "new": new, "name": name}
 
 
 @functools.cache
-def make_world(architecture: str) -> World:
+def make_model(architecture: str) -> ServedModel:
     made = crowd(architecture, **SIZES)
     directory = Path(tempfile.mkdtemp(prefix="preft-vllm-"))
     make_preft(copy.deepcopy(made.base), "lora", r=8, seed=6).save_pretrained(directory / "sixth")
@@ -47,11 +47,11 @@ def make_world(architecture: str) -> World:
     sixth = adapted_copy(made.base, saved.config.method, saved.tensors, saved.config.scaling)
     made = Crowd(made.base, made.adapted | {"sixth": sixth}, made.paths | {"sixth": directory / "sixth"})
     made.base.save_pretrained(directory)
-    return World(directory, made)
+    return ServedModel(directory, made)
 
 
 def run(
-    world: World,
+    model: ServedModel,
     waves: list[list[dict]],
     broken: str | None = None,
     errors: bool = False,
@@ -71,7 +71,7 @@ def run(
         engine: arguments of vLLM's LLM
     """
     folder = Path(tempfile.mkdtemp(prefix="preft-vllm-job-"))
-    job = {"model": str(world.model), "engine": engine, "waves": waves, "break": broken, "errors": errors} | (
+    job = {"model": str(model.directory), "engine": engine, "waves": waves, "break": broken, "errors": errors} | (
         job or {}
     )
     job |= {"plugin": plugins is None}
@@ -107,21 +107,21 @@ def environment() -> dict[str, str]:
     return clean | threads | {"PYTHONPATH": SOURCES, "HF_HUB_OFFLINE": "1"}
 
 
-def check(world: World, waves: list[list[dict]], found: dict) -> None:
+def check(model: ServedModel, waves: list[list[dict]], found: dict) -> None:
     """Compares an engine's answers with the two-phase loop, token for token."""
     for wave, answers in zip(waves, found["waves"], strict=True):
         for request, answer in zip(wave, answers, strict=True):
-            expected = world.expected(request["name"], request["ids"], request["new"])
+            expected = model.expected(request["name"], request["ids"], request["new"])
             assert answer["tokens"] == expected, (request["name"], len(request["ids"]), request["new"])
 
 
 @contextmanager
-def server(world: World, *arguments: str, **variables: str) -> Iterator[httpx.Client]:
+def server(model: ServedModel, *arguments: str, **variables: str) -> Iterator[httpx.Client]:
     """Starts vLLM's OpenAI server, engine in a process of its own, and yields a client of it."""
     port = free_port()
     options = {
-        "model": world.model,
-        "tokenizer": tokenizer_of(world),
+        "model": model.directory,
+        "tokenizer": tokenizer_of(model),
         "served-model-name": "base",
         "port": port,
         "host": "127.0.0.1",
@@ -134,7 +134,7 @@ def server(world: World, *arguments: str, **variables: str) -> Iterator[httpx.Cl
     command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    log = world.model / "server.log"
+    log = model.directory / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, *arguments], env=environment() | settings | variables, stdout=output, stderr=output
@@ -160,9 +160,9 @@ def wait_for(client: httpx.Client, process: subprocess.Popen, log: Path) -> None
     raise AssertionError(log.read_text()[-4000:])
 
 
-def tokenizer_of(world: World) -> Path:
+def tokenizer_of(model: ServedModel) -> Path:
     """Writes a tokenizer of words <0>, <1>, ... and returns its directory."""
-    folder = world.model / "tokenizer"
+    folder = model.directory / "tokenizer"
     folder.mkdir(exist_ok=True)
     words = {f"<{i}>": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<0>"))
