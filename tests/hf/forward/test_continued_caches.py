@@ -245,6 +245,19 @@ def test_rows_of_a_cache_keep_their_adapters(kind):
         go_on(["few"], rows=(1,))
 
 
+def test_a_pool_beside_adapters_that_are_active():
+    """Layers that a pool has made have no adapter under the active name."""
+    c = crowd()
+    model = c.model("both")
+    first = model.generate(input_ids=QUESTION, **GREEDY)
+    assert torch.equal(first.sequences[:, 9:], c.oracle("few", QUESTION)[0])
+    longer = whole(torch.cat([first.sequences, MORE], 1))
+    kept = cache_argument(copy.deepcopy(cache_of(first)))
+    expected = model.generate(**longer, **cache_argument(cache_of(first)), **GREEDY)
+    found = model.generate(**longer, **kept, adapter_names=["few", "few"], **GREEDY)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
 def test_any_adapter_goes_on_from_a_context_that_the_base_model_has_read():
     c, model = two_adapters()
     context = torch.cat([QUESTION, MORE], 1)
