@@ -23,8 +23,8 @@ KINDS = ["held", "pooled", "both"]
 
 
 @dataclass
-class Crowd:
-    """base: untouched; adapted: name -> a copy on which that adapter acts on every token; paths: where it is saved."""
+class SavedAdapters:
+    """base: untouched; adapted: adapter name -> a copy that it adapts on every token; paths: name -> saved adapter."""
 
     base: PreTrainedModel
     adapted: dict[str, PreTrainedModel]
@@ -57,7 +57,7 @@ class Crowd:
 
 
 @functools.cache
-def crowd(architecture: str = "llama", **overrides: object) -> Crowd:
+def saved_adapters(architecture: str = "llama", **overrides: object) -> SavedAdapters:
     base = make_base(architecture, **overrides)
     some = sorted({name.rpartition(".")[2] for name in linear_layers(base) if "head" not in name})[:2]
     settings = {
@@ -67,14 +67,18 @@ def crowd(architecture: str = "llama", **overrides: object) -> Crowd:
         "edit": {"method": "direft", "r": 3},
         "turn": {"method": "loreft", "r": 9, "layers_to_transform": [1]},
     }
-    root = Path(tempfile.mkdtemp(prefix="preft-crowd-"))
+    root = Path(tempfile.mkdtemp(prefix="preft-adapters-"))
     adapted, paths = {BASE: base}, {}
     for seed, (name, setting) in enumerate(settings.items(), 1):
         make_preft(copy.deepcopy(base), seed=seed, **setting).save_pretrained(root / name)
         saved = load_adapter(root / name)
         adapted[name] = adapted_copy(base, saved.config.method, saved.tensors, saved.config.scaling)
         paths[name] = root / name
-    return Crowd(base, adapted, paths)
+    return SavedAdapters(base, adapted, paths)
+
+
+# the names that other tests import
+Crowd, crowd = SavedAdapters, saved_adapters
 
 
 NAMES = ["turn", "wide", BASE, "few", "edit", "wide", "stable"]

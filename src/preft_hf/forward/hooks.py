@@ -139,7 +139,8 @@ class Attachment:
         # the layers of DataParallel's replicas are copies, which this attachment does not know
         if not (self._checked_reach or self.boundary.drafting or getattr(module, "_is_replica", False)):
             self.phase.reached = set()
-        if module.training or isinstance(adapters, PackedAdapters) or values.get("use_cache") is False:
+        is_step = module.training and torch.is_grad_enabled()
+        if is_step or isinstance(adapters, PackedAdapters) or values.get("use_cache") is False:
             return
         tokens = values.get("input_ids")
         tokens = values["inputs_embeds"] if tokens is None else tokens

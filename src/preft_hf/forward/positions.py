@@ -131,8 +131,12 @@ def first_position(model_inputs: Mapping[str, Any], num_ids: int, num_tokens: in
         # a chunk of the prompt comes without the ids before it
         return counted
     length = cached_length(cache)
-    if length in (counted, by_ids):
-        return length
+    # A forward across the prompt's end is given ids up to its own end, so there the ids are right.
+    crosses = counted < generation.prompt_length < counted + num_tokens
+    if length == by_ids:
+        return by_ids
+    if length == counted and not crosses:
+        return counted
     raise RuntimeError(
         f"the position of a forward's {num_tokens} tokens is {counted} as counted, {by_ids} by the ids given to "
         f"prepare_inputs_for_generation, and the cache holds {length} tokens, so nothing tells prompt tokens from "

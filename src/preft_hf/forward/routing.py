@@ -225,10 +225,8 @@ class Routing:
         """Returns whose keys and values a forward of prompt tokens makes: the key of each row's adapter."""
         if adapters is not None and not self.disabled:
             return adapters.owners(batch)
-        if not any(layer.is_live() for layer in self._layers):
-            return (None,) * batch
-        active = {name for layer in self._layers if not layer.disable_adapters for name in layer.active_adapters}
-        return (b"".join(self.adapter_key(name) for name in sorted(active)),) * batch
+        keys = [self.adapter_key(name) for name in self.live()]
+        return (b"".join(keys) or None,) * batch
 
     def for_requests(self, names: Sequence[str] | None, num_requests: int, training: bool) -> list[str]:
         """Returns the adapter of each request after checking the names; by default the model's active adapter.

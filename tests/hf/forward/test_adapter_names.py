@@ -13,7 +13,7 @@ from preft_hf.forward.hooks import pool_of
 from preft_hf.layers.linear import PreftLinear
 from tests.hf.cases import GREEDY, NEW_TOKENS, prompt
 from tests.hf.forward.test_decode_is_base import Operations
-from tests.hf.many_adapters import BASE, KINDS, NAMES, crowd, prompts
+from tests.hf.many_adapters import BASE, KINDS, NAMES, prompts, saved_adapters
 from tests.hf.zoo import ARCHITECTURES, make_base, make_preft
 
 TOLERANCE = 1e-4
@@ -31,7 +31,7 @@ def inner(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_mixed_batch_equals_each_row_alone(architecture, kind):
-    c, ids = crowd(architecture), prompts()
+    c, ids = saved_adapters(architecture), prompts()
     expected = c.oracle_rows(NAMES, ids)
     model = c.model(kind)
     check(model.generate(input_ids=ids, adapter_names=NAMES, **GREEDY), *expected, ids.shape[1])
@@ -42,7 +42,7 @@ def test_a_mixed_batch_equals_each_row_alone(architecture, kind):
 
 
 def test_the_adapters_differ_from_each_other_and_from_the_base():
-    c, ids = crowd(), prompt(1)
+    c, ids = saved_adapters(), prompt(1)
     logits = [c.oracle(name, ids)[1] for name in c.adapted]
     for i, one in enumerate(logits):
         for other in logits[:i]:
@@ -52,7 +52,7 @@ def test_the_adapters_differ_from_each_other_and_from_the_base():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt2", "falcon_h1"])
 def test_left_padding(architecture, kind):
-    c, ids = crowd(architecture), prompts()
+    c, ids = saved_adapters(architecture), prompts()
     mask = torch.ones_like(ids)
     for row, length in ((1, 4), (2, 8), (5, 1)):
         mask[row, :length] = 0
@@ -74,7 +74,7 @@ def test_left_padding(architecture, kind):
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
 def test_modes(kind, options):
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     output = c.model(kind).generate(input_ids=ids, adapter_names=NAMES, **options, **GREEDY)
     check(output, *c.oracle_rows(NAMES, ids), ids.shape[1])
 
@@ -93,7 +93,7 @@ def test_modes(kind, options):
 )
 def test_beams_and_sampling_equal_each_prompt_alone(kind, options):
     """Sampling with its randomness taken off by a logits processor, so that a batch can be compared with its rows."""
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0, "do_sample": False} | options
     copies = options.get("num_return_sequences", 1)
     if options["do_sample"]:
@@ -109,14 +109,14 @@ def make_alone(name):
     """Returns the model with one adapter, without any routing: what other tests have compared with the oracle."""
     from peft import PeftModel
 
-    c = crowd()
+    c = saved_adapters()
     base = copy.deepcopy(c.base)
     return base if name == BASE else PeftModel.from_pretrained(base, c.paths[name]).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_prompt_of_one_name(kind):
-    c, ids = crowd(), prompts(4)
+    c, ids = saved_adapters(), prompts(4)
     model = c.model(kind)
     for name in [*c.paths, BASE]:
         output = model.generate(input_ids=ids, adapter_names=[name] * 4, **GREEDY)
@@ -125,7 +125,7 @@ def test_every_prompt_of_one_name(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward(kind):
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     with torch.no_grad():
         found = c.model(kind)(input_ids=ids, adapter_names=NAMES).logits
         expected = torch.cat([c.adapted[n](input_ids=ids[i : i + 1]).logits for i, n in enumerate(NAMES)])
@@ -134,7 +134,7 @@ def test_forward(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_with_a_prefill_mask_and_with_labels(kind):
-    c, ids = crowd(), prompts(length=12)
+    c, ids = saved_adapters(), prompts(length=12)
     lengths = torch.tensor([4, 4, 6, 12, 0, 7, 1])
     mask = torch.arange(12) < lengths[:, None]
     expected = []
@@ -158,7 +158,7 @@ def test_forward_with_a_prefill_mask_and_with_labels(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decode_runs_the_operations_of_the_base_model(kind):
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
 
     def decode_counts(model, **kwargs):
         """Returns the operations of each forward of a generation."""
@@ -186,7 +186,7 @@ def test_decode_runs_the_operations_of_the_base_model(kind):
 
 @pytest.mark.parametrize("kind", ["pooled", "both"])
 def test_decode_forwards_hold_no_slot(kind):
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model(kind)
     pool = inner(model)._preft_attachment.routing.pool
     seen = []
@@ -199,7 +199,7 @@ def test_decode_forwards_hold_no_slot(kind):
 
 
 def test_nothing_stays_pinned_after_an_error():
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model("pooled")
     pool = model._preft_attachment.routing.pool
 
@@ -217,7 +217,7 @@ def test_nothing_stays_pinned_after_an_error():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_calls_without_names_are_as_before(kind):
-    c, ids = crowd(), prompts(3)
+    c, ids = saved_adapters(), prompts(3)
     model = c.model(kind)
     name = {"held": "wide", "pooled": BASE, "both": "few"}[kind]
     if kind != "pooled":
@@ -227,7 +227,7 @@ def test_calls_without_names_are_as_before(kind):
 
 
 def test_the_active_adapter_does_not_leak_into_base_rows():
-    c, ids = crowd(), prompts(2)
+    c, ids = saved_adapters(), prompts(2)
     model = c.model("held")
     model.set_adapter("wide")
     output = model.generate(input_ids=ids, adapter_names=[BASE, BASE], **GREEDY)
@@ -236,7 +236,7 @@ def test_the_active_adapter_does_not_leak_into_base_rows():
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_transformers_own_adapters():
-    c, ids = crowd(), prompts(3)
+    c, ids = saved_adapters(), prompts(3)
     model = copy.deepcopy(c.base)
     for name in ("wide", "edit"):
         model.load_adapter(str(c.paths[name]), adapter_name=name)
@@ -248,7 +248,7 @@ def test_transformers_own_adapters():
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_decode_has_one_graph_and_no_break(kind):
     """A generation whose decode steps are compiled, as transformers does for a static cache on a GPU."""
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model(kind)
     graphs = []
 
@@ -274,7 +274,7 @@ def test_compiled_decode_has_one_graph_and_no_break(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_model(kind):
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model(kind)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_a_compiled_model(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_are_not_compiled_in_a_model_that_is(kind):
     """As after too many recompilations, when torch gives a function up."""
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model(kind)
     with torch.no_grad():
         expected = model(input_ids=ids, adapter_names=NAMES).logits
@@ -302,7 +302,7 @@ def test_layers_that_are_not_compiled_in_a_model_that_is(kind):
 
 
 def test_a_static_cache_of_ones_own():
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model("both")
     cache = StaticCache(config=c.base.config, max_cache_len=32)
     output = model.generate(input_ids=ids, adapter_names=NAMES, **cache_argument(cache), **GREEDY)
@@ -311,7 +311,7 @@ def test_a_static_cache_of_ones_own():
 
 def test_a_second_turn_on_a_kept_cache():
     """The cache of turn one holds prompt and response; turn two adapts its own tokens, of each row's adapter."""
-    c, ids = crowd(), prompts(3)
+    c, ids = saved_adapters(), prompts(3)
     names = ["turn", "few", BASE]
     model = c.model("both")
     first = model.generate(input_ids=ids, adapter_names=names, **GREEDY)
@@ -325,7 +325,7 @@ def test_a_second_turn_on_a_kept_cache():
 
 
 def test_deepcopy_of_a_model_with_named_adapters():
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = copy.deepcopy(c.model("held"))
     check(model.generate(input_ids=ids, adapter_names=NAMES, **GREEDY), *c.oracle_rows(NAMES, ids), ids.shape[1])
     with pytest.raises(TypeError, match="slot pool cannot be copied"):
@@ -334,7 +334,7 @@ def test_deepcopy_of_a_model_with_named_adapters():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_names(kind):
-    model, ids = crowd().model(kind), prompts(2)
+    model, ids = saved_adapters().model(kind), prompts(2)
     for call in (model.generate, model):
         with pytest.raises(ValueError, match=r"adapter 'wild' is not known; known are edit, few, stable, turn, wide"):
             call(input_ids=ids, adapter_names=["wild", "few"])
@@ -352,7 +352,7 @@ def test_unknown_names(kind):
     ],
 )
 def test_names_that_cannot_be(kind, names, error, message):
-    model, ids = crowd().model(kind), prompts(2)
+    model, ids = saved_adapters().model(kind), prompts(2)
     with pytest.raises(error, match=message):
         model.generate(input_ids=ids, adapter_names=names)
 
@@ -364,18 +364,18 @@ def test_a_forward_with_a_wrong_number_of_names(kind, num_names, num_rows):
     names = ["few", "edit", "few", "edit"][:num_names]
     for mask in (None, True, False):
         with pytest.raises(ValueError, match=f"{num_names} names for a batch of {num_rows} rows"):
-            crowd().model(kind)(input_ids=prompts(num_rows), adapter_names=names, prefill_mask=mask)
+            saved_adapters().model(kind)(input_ids=prompts(num_rows), adapter_names=names, prefill_mask=mask)
 
 
 def test_train_mode():
-    model = crowd().model("held").train()
+    model = saved_adapters().model("held").train()
     for call in (model.generate, model):
         with pytest.raises(ValueError, match="train mode"):
             call(input_ids=prompts(1), adapter_names=["few"])
 
 
 def test_gradients_are_refused_where_the_pool_has_none():
-    model = crowd().model("pooled")
+    model = saved_adapters().model("pooled")
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ValueError, match="requires_grad=True"):
         model(input_ids=prompts(1), adapter_names=["few"])

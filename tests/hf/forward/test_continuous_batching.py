@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 from preft_hf import PreftPool
 from preft_hf.forward import continuous
 from tests.hf.cases import NEW_TOKENS
-from tests.hf.many_adapters import BASE, KINDS, NAMES, Crowd, crowd
+from tests.hf.many_adapters import BASE, KINDS, NAMES, Crowd, saved_adapters
 
 pytestmark = [
     # transformers' own: its page defaults, and a manager that stops
@@ -54,7 +54,7 @@ def expected(known: Crowd, prompts, names) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_with_their_own_adapters(kind):
-    known = crowd()
+    known = saved_adapters()
     prompts = ragged(len(NAMES))
     prompts[1] = prompts[0]
     assert run(known.model(kind), prompts, NAMES) == expected(known, prompts, NAMES)
@@ -62,13 +62,13 @@ def test_requests_with_their_own_adapters(kind):
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text"])
 def test_other_architectures(architecture):
-    known = crowd(architecture)
+    known = saved_adapters(architecture)
     prompts = ragged(len(NAMES))
     assert run(known.model("both"), prompts, NAMES) == expected(known, prompts, NAMES)
 
 
 def test_the_active_adapter_is_the_default():
-    known = crowd()
+    known = saved_adapters()
     model = known.model("held")
     prompts = ragged(5)
     for name in ("wide", "edit"):
@@ -80,7 +80,7 @@ def test_the_active_adapter_is_the_default():
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 7])
 def test_prompts_in_chunks(num_tokens):
-    known = crowd()
+    known = saved_adapters()
     prompts = ragged(len(NAMES), longest=20)
     small = ContinuousBatchingConfig(page_size=4, num_blocks=256, max_batch_tokens=num_tokens)
     assert run(known.model("both"), prompts, NAMES, settings=small) == expected(known, prompts, NAMES)
@@ -94,7 +94,7 @@ def test_little_memory_puts_requests_back(scheduler, monkeypatch):
     monkeypatch.setattr(
         RequestState, "create_equivalent_initial_request", lambda state: put_back.append(state) or again(state)
     )
-    known = crowd()
+    known = saved_adapters()
     prompts, names = ragged(12, longest=10), (NAMES * 2)[:12]
     small = ContinuousBatchingConfig(page_size=4, num_blocks=16, max_batch_tokens=16, scheduler_type=scheduler)
     assert run(known.model("both"), prompts, names, settings=small) == expected(known, prompts, names)
@@ -102,7 +102,7 @@ def test_little_memory_puts_requests_back(scheduler, monkeypatch):
 
 
 def test_more_adapters_than_slots():
-    known = crowd()
+    known = saved_adapters()
     names = [name for name in known.paths for _ in range(3)]
     prompts = ragged(len(names))
     model = known.model("pooled", num_slots=1)
@@ -111,7 +111,7 @@ def test_more_adapters_than_slots():
 
 
 def test_returned_sequences_have_their_prompts_adapter():
-    known = crowd()
+    known = saved_adapters()
     prompts = ragged(4)
     names = NAMES[:4]
     found = run(known.model("both"), prompts, names, {"num_return_sequences": 3, "do_sample": True, "top_k": 1})
@@ -150,21 +150,21 @@ def second_turns(known: Crowd, model, names: list[str]) -> tuple[list[list[int]]
 
 @pytest.mark.parametrize("kind", ["held", "pooled"])
 def test_shared_prefixes_are_an_adapters_own(kind):
-    known = crowd()
+    known = saved_adapters()
     found, right, reused = second_turns(known, known.model(kind), [*known.paths, BASE])
     assert found == right
     assert reused > 0
 
 
 def test_that_test_can_fail(monkeypatch):
-    known = crowd()
+    known = saved_adapters()
     monkeypatch.setattr(continuous, "SaltedTokens", lambda tokens, key, prompt_length: list(tokens))
     found, right, _ = second_turns(known, known.model("pooled"), [*known.paths, BASE])
     assert found != right
 
 
 def test_decoding_calls_no_adapter(monkeypatch):
-    known = crowd()
+    known = saved_adapters()
     model = known.model("both")
     phases = []
     begin = type(model.get_base_model()._preft_attachment.phase).begin
@@ -178,7 +178,7 @@ def test_decoding_calls_no_adapter(monkeypatch):
 
 
 def test_a_changed_adapter_makes_new_prefixes():
-    known = crowd()
+    known = saved_adapters()
     model = known.model("held")
     model.set_adapter("wide")
     prompt = ragged(1, seed=5)[0] * 4
@@ -198,7 +198,7 @@ def test_a_changed_adapter_makes_new_prefixes():
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_random_requests(data):
-    known = crowd()
+    known = saved_adapters()
     choice = st.sampled_from([*known.paths, BASE])
     names = data.draw(st.lists(choice, min_size=1, max_size=9))
     prompts = ragged(len(names), seed=data.draw(st.integers(0, 99)), longest=data.draw(st.integers(1, 24)))
@@ -211,7 +211,7 @@ def test_random_requests(data):
 
 
 def test_wrong_names_are_refused():
-    known = crowd()
+    known = saved_adapters()
     model = known.model("both")
     with pytest.raises(ValueError, match=r"adapter 'nobody' is not known; known are .*wide"):
         run(model, ragged(2), ["wide", "nobody"])
@@ -235,7 +235,7 @@ def test_wrong_names_are_refused():
 def test_what_continuous_batching_does_not_take():
     from transformers import CompileConfig
 
-    known = crowd()
+    known = saved_adapters()
     model = known.model("held")
     with pytest.raises(ValueError, match="call generate_batch"):
         model.generate(input_ids=torch.tensor([[3, 4]]), cache_implementation="paged", max_new_tokens=2)
@@ -257,7 +257,7 @@ def test_what_continuous_batching_does_not_take():
 
 
 def test_an_adapter_that_is_removed_fails_its_own_request_alone():
-    known = crowd()
+    known = saved_adapters()
     model = copy.deepcopy(known.base)
     names = ["wide", "few", "edit"]
     pool = PreftPool.from_pretrained(model, {name: known.paths[name] for name in names})

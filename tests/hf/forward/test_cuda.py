@@ -11,7 +11,7 @@ import torch
 from preft_hf import PreftPool
 from tests.hf.cases import GREEDY, case, prompt, run_together
 from tests.hf.forward.test_continuous_batching import expected, ragged, run
-from tests.hf.many_adapters import BASE, NAMES, crowd, prompts
+from tests.hf.many_adapters import BASE, NAMES, prompts, saved_adapters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,8 +36,8 @@ def check(output, expected: torch.Tensor, logits: torch.Tensor, length: int) -> 
 
 
 def pooled(num_slots: int = 4, **options):
-    model = copy.deepcopy(crowd().base).to("cuda")
-    PreftPool.from_pretrained(model, crowd().paths, num_slots=num_slots, **options)
+    model = copy.deepcopy(saved_adapters().base).to("cuda")
+    PreftPool.from_pretrained(model, saved_adapters().paths, num_slots=num_slots, **options)
     return model
 
 
@@ -53,14 +53,14 @@ def test_one_adapter(method, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["held", "pooled", "both"])
 def test_a_mixed_batch_equals_each_row_alone(kind, mode):
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model(kind, device="cuda")
     output = model.generate(input_ids=ids.to("cuda"), adapter_names=NAMES, **MODES[mode], **GREEDY)
     check(output, *c.oracle_rows(NAMES, ids), ids.shape[1])
 
 
 def test_left_padding():
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     mask = torch.ones_like(ids)
     for row, length in ((1, 4), (2, 8), (5, 1)):
         mask[row, :length] = 0
@@ -70,15 +70,15 @@ def test_left_padding():
 
 
 def test_after_a_warm_up():
-    c, ids, model = crowd(), prompts(), copy.deepcopy(crowd().base).to("cuda")
-    pool = PreftPool.from_pretrained(model, crowd().paths, num_slots=4)
+    c, ids, model = saved_adapters(), prompts(), copy.deepcopy(saved_adapters().base).to("cuda")
+    pool = PreftPool.from_pretrained(model, saved_adapters().paths, num_slots=4)
     assert pool.warm_up() > 0
     output = model.generate(input_ids=ids.to("cuda"), adapter_names=NAMES, **GREEDY)
     check(output, *c.oracle_rows(NAMES, ids), ids.shape[1])
 
 
 def test_more_adapters_than_slots_and_nothing_kept_on_the_host():
-    c, model = crowd(), pooled(num_slots=2, max_host_bytes=0)
+    c, model = saved_adapters(), pooled(num_slots=2, max_host_bytes=0)
     names = [name for name in c.paths if name != BASE]
     for step in range(12):
         some, ids = [names[step % len(names)], names[(step + 2) % len(names)]], prompt(2, 6, seed=step)
@@ -87,12 +87,12 @@ def test_more_adapters_than_slots_and_nothing_kept_on_the_host():
 
 
 def test_continuous_batching():
-    known, found = crowd(), ragged(len(NAMES))
+    known, found = saved_adapters(), ragged(len(NAMES))
     assert run(pooled(), found, NAMES) == expected(known, found, NAMES)
 
 
 def test_threads_on_streams_of_their_own():
-    c, model = crowd(), pooled(num_slots=2)
+    c, model = saved_adapters(), pooled(num_slots=2)
     faults: list[object] = []
 
     def work(number: int) -> None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from preft_hf import PreftPool
 from tests.hf.cases import GREEDY
-from tests.hf.many_adapters import BASE, NAMES, crowd, prompts
+from tests.hf.many_adapters import BASE, NAMES, prompts, saved_adapters
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def disabled(model, how: str):
 @pytest.mark.parametrize("how", ["context", "tuner", "transformers"])
 @pytest.mark.parametrize("kind", ["held", "both"])
 def test_disabled_wins_over_names(kind, how):
-    c, ids = crowd(), prompts()
+    c, ids = saved_adapters(), prompts()
     model = c.model(kind)
     base = model.get_base_model()
     off, on = c.oracle_rows([BASE] * len(NAMES), ids), c.oracle_rows(NAMES, ids)
@@ -46,7 +46,7 @@ def test_disabled_wins_over_names(kind, how):
 
 
 def test_a_pool_made_while_adapters_are_disabled_is_disabled():
-    c, ids = crowd(), prompts(2)
+    c, ids = saved_adapters(), prompts(2)
     model = PeftModel.from_pretrained(copy.deepcopy(c.base), c.paths["turn"], "turn").eval()
     base = model.get_base_model()
     with disabled(model, "tuner"):
@@ -58,7 +58,7 @@ def test_a_pool_made_while_adapters_are_disabled_is_disabled():
 
 
 def test_prefixes_of_a_disabled_adapter_are_not_those_of_the_adapter():
-    model = crowd().model("held")
+    model = saved_adapters().model("held")
     routing = model.get_base_model()._preft_attachment.routing
     on = routing.adapter_key("wide")
     with disabled(model, "tuner"):

@@ -8,7 +8,7 @@ import torch
 
 from preft_hf import PreftPool
 from tests.hf.cases import GREEDY, case, prompt
-from tests.hf.many_adapters import crowd
+from tests.hf.many_adapters import saved_adapters
 from tests.hf.zoo import make_base, make_preft
 
 ERRORS = pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -31,9 +31,9 @@ def interrupt(model, error) -> None:
 
 
 def one_slot():
-    model = copy.deepcopy(crowd().base)
+    model = copy.deepcopy(saved_adapters().base)
     names = ("wide", "stable")
-    return model, PreftPool.from_pretrained(model, {name: crowd().paths[name] for name in names}, num_slots=1)
+    return model, PreftPool.from_pretrained(model, {name: saved_adapters().paths[name] for name in names}, num_slots=1)
 
 
 def in_a_thread(model, name: str) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_no_adapter_stays_pinned(error):
     with pytest.raises(error):
         model(input_ids=prompt(), adapter_names=["wide"] * 2)
     assert pool.slots.resident() == {"wide": 0}
-    assert torch.equal(in_a_thread(model, "stable"), crowd().oracle_rows(["stable"], prompt(1))[0])
+    assert torch.equal(in_a_thread(model, "stable"), saved_adapters().oracle_rows(["stable"], prompt(1))[0])
     pool.close()
 
 
@@ -82,9 +82,9 @@ def test_a_traceback_that_is_kept_does_not_keep_the_slot(error):
         interrupt(model, error)
         with pytest.raises(error) as kept:
             model(input_ids=prompt(), adapter_names=["wide"] * 2)
-        assert torch.equal(in_a_thread(model, "stable"), crowd().oracle_rows(["stable"], prompt(1))[0])
+        assert torch.equal(in_a_thread(model, "stable"), saved_adapters().oracle_rows(["stable"], prompt(1))[0])
         logits = model(input_ids=prompt(), adapter_names=["wide"] * 2).logits
-        assert (logits[:, -1] - crowd().oracle_rows(["wide"] * 2, prompt())[1][:, 0]).abs().max() < 1e-4
+        assert (logits[:, -1] - saved_adapters().oracle_rows(["wide"] * 2, prompt())[1][:, 0]).abs().max() < 1e-4
     pool.close()
     del kept
 
@@ -108,9 +108,9 @@ def test_a_call_that_is_running_keeps_its_slot():
     logits = model(input_ids=prompt(), adapter_names=["wide"] * 2).logits
     handle.remove()
     assert pins == [{"wide": 1}]
-    assert (logits[:, -1] - crowd().oracle_rows(["wide"] * 2, prompt())[1][:, 0]).abs().max() < 1e-4
+    assert (logits[:, -1] - saved_adapters().oracle_rows(["wide"] * 2, prompt())[1][:, 0]).abs().max() < 1e-4
     waiting[0].join(60)
-    assert torch.equal(found[0], crowd().oracle_rows(["stable"], prompt(1))[0])
+    assert torch.equal(found[0], saved_adapters().oracle_rows(["stable"], prompt(1))[0])
 
 
 def test_a_forward_inside_a_forward_is_refused():

@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from preft_hf import PreftPool
 from tests.hf.cases import GREEDY, case, prompt
-from tests.hf.many_adapters import BASE, KINDS, crowd
+from tests.hf.many_adapters import BASE, KINDS, saved_adapters
 from tests.hf.oracle import two_phase_greedy
 from tests.hf.zoo import VOCABULARY
 
@@ -52,7 +52,7 @@ def test_the_prompt_is_the_inner_ones(method, length):
 @pytest.mark.parametrize("name", ["few", "turn", BASE])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_adapters_are_the_inner_ones(kind, name):
-    c, ids = crowd(), prompt(1, 20, seed=7)
+    c, ids = saved_adapters(), prompt(1, 20, seed=7)
     model = c.model(kind)
     outer, inner = run(
         model,
@@ -65,7 +65,7 @@ def test_the_adapters_are_the_inner_ones(kind, name):
 
 @pytest.mark.parametrize("call", ["generate", "forward"])
 def test_the_only_slot_goes_to_the_inner_call(call):
-    c, ids = crowd(), prompt(1)
+    c, ids = saved_adapters(), prompt(1)
     model = copy.deepcopy(c.base)
     pool = PreftPool.from_pretrained(model, {name: c.paths[name] for name in ("wide", "stable")}, num_slots=1)
 
@@ -110,7 +110,7 @@ def healed_by(adapted, ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast) ->
 @pytest.mark.parametrize("name", [None, "few", "edit"])
 def test_token_healing_adapts_the_healed_prompt(name):
     # transformers drops the <s> when it heals, so the healed prompt is shorter than the one that was given
-    c, tokenizer = crowd(), healing_tokenizer()
+    c, tokenizer = saved_adapters(), healing_tokenizer()
     model = c.model("held")
     adapted = c.adapted["wide" if name is None else name]
     names = {} if name is None else {"adapter_names": [name]}
@@ -124,7 +124,7 @@ def test_token_healing_adapts_the_healed_prompt(name):
 
 
 def test_token_healing_with_several_adapters_is_refused():
-    model, tokenizer = crowd().model("held"), healing_tokenizer()
+    model, tokenizer = saved_adapters().model("held"), healing_tokenizer()
     ids = torch.full((2, 4), 3)
     with pytest.raises(ValueError, match=r"token_healing with adapter_names edit, wide.*once for each adapter"):
         model.generate(input_ids=ids, adapter_names=NAMES, token_healing=True, tokenizer=tokenizer, **GREEDY)
@@ -141,7 +141,7 @@ def test_drafting_with_itself_keeps_the_outer_prompt(method):
 
 def test_drafting_with_itself_keeps_the_outer_adapters():
     # a judge, too, that is called between the drafts
-    c, ids = crowd(), prompt(1)
+    c, ids = saved_adapters(), prompt(1)
     model = c.model("both")
     judge = Judge(lambda: model.generate(input_ids=OUTER, adapter_names=["few", "turn"], **GREEDY).sequences[:, 9:])
     output = model.generate(

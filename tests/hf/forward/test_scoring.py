@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from preft_hf import preft_phase, preft_scoring
 from preft_hf.forward.caches import cache_argument
 from tests.hf.cases import GREEDY, case, prompt
-from tests.hf.many_adapters import BASE, KINDS, crowd
+from tests.hf.many_adapters import BASE, KINDS, saved_adapters
 from tests.hf.zoo import HYBRID
 
 LENGTHS = [4, 9, 1]
@@ -72,7 +72,7 @@ def test_scores_are_those_of_two_phases(architecture, method, side, with_mask):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_has_its_adapter(kind):
-    c = crowd()
+    c = saved_adapters()
     names = ["wide", BASE, "turn"]
     expected = [two_phases(c.adapted[name], c.base, *row) for name, row in zip(names, ROWS, strict=True)]
     found = scores(c.model(kind), "right", adapter_names=names)
