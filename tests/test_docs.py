@@ -25,7 +25,14 @@ from tests.hf.zoo import METHODS, make_base, make_preft
 ROOT = Path(__file__).parents[1]
 RAW = "raw.githubusercontent.com"
 # the tutorial's blocks run in tests/docs/test_tutorial.py, the others below
-RUN = {"explain/format", "get-started/tutorial", "how-to/hub", "how-to/train", "how-to/transformers"}
+RUN = {
+    "explain/format",
+    "explain/semantics",
+    "get-started/tutorial",
+    "how-to/hub",
+    "how-to/train",
+    "how-to/transformers",
+}
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
@@ -78,6 +85,32 @@ def test_the_serving_examples(tmp_path):
     scope["model"] = SimpleNamespace(generate_batch=partial(model.generate_batch, continuous_batching_config=small))
     exec(second, scope)
     assert [len(tokens) for tokens in scope["tokens"]] == [4, 4]  # type: ignore[attr-defined]
+
+
+def test_the_chats_of_the_semantics_page():
+    """Turn 2 of the continued cache is what a loop gives that adapts the user's tokens alone."""
+    model = make_preft(make_base())
+    first, second = prompt(1), prompt(1)[:, :5] + 1
+    scope = {"model": model, "torch": torch, "first_turn": first, "user_turns": [second]}
+    continued, fresh = (code.replace("max_new_tokens=64", "max_new_tokens=4") for code in semantics_blocks())
+    exec(continued, scope)
+    exec(fresh, scope)
+    found: torch.Tensor = scope["continued"]  # type: ignore[assignment]
+    mask = torch.zeros(1, found.shape[1], dtype=torch.bool)
+    mask[:, : first.shape[1]] = True
+    mask[:, first.shape[1] + 4 : first.shape[1] + 9] = True
+    logits = model(input_ids=found, prefill_mask=mask).logits
+    assert logits[0, -5:-1].argmax(-1).tolist() == found[0, -4:].tolist()
+    again: torch.Tensor = scope["fresh"]  # type: ignore[assignment]
+    mask[:, : first.shape[1] + 9] = True
+    logits = model(input_ids=again, prefill_mask=mask).logits
+    assert logits[0, -5:-1].argmax(-1).tolist() == again[0, -4:].tolist()
+
+
+def semantics_blocks() -> list[str]:
+    blocks = python_blocks("docs/explain/semantics.md")
+    assert len(blocks) == 2
+    return blocks
 
 
 @pytest.mark.filterwarnings("ignore")
