@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from preft_core import plots
 from preft_core.planner import DEVICES, METHODS, SHAPES, Device, Method, Planner, Shape, Workload
 
 TITLES = {"lora": "LoRA-P", "direft": "DiReFT-P"}
@@ -157,27 +158,22 @@ def plot(planner: Planner, work: Workload, file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('--plot needs matplotlib: pip install "preft-hf[plots]"') from error
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = plots.new_figure(7, 4.2)
     axes = figure.subplots()
-    for method, style in zip(METHODS, ("-", "--"), strict=True):
-        for rank, color in zip(PLOT_RANKS, ("C0", "C1", "C2"), strict=True):
+    systems = {"lora": "lora-p", "direft": "direft-p"}
+    last = []
+    for method in METHODS:
+        for rank, style in zip(PLOT_RANKS, ("-", "--", ":"), strict=True):
             chosen = replace(planner, method=method, rank=rank)
             ratios = [chosen.ratio(replace(work, num_adapters=number)) for number in PLOT_ADAPTERS]
-            axes.plot(PLOT_ADAPTERS, ratios, style, color=color, label=f"{TITLES[method]} r={rank}")
+            label = f"{TITLES[method]} r={rank}"
+            plots.draw(axes, systems[method], PLOT_ADAPTERS, ratios, label=label, linestyle=style, marker="")
+            last.append(ratios[-1])
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(PLOT_ADAPTERS, [str(number) for number in PLOT_ADAPTERS])
-    axes.set_xlabel("adapters")
-    axes.set_ylabel("throughput / all-token LoRA, predicted")
-    axes.set_title(
-        f"{planner.shape.name} on {planner.tensor_parallel} x {planner.device.name}, {work.num_requests} requests of "
-        f"{work.prompt} + {work.output} tokens",
-        fontsize=10,
+    title = (
+        f"Predicted: {min(last):.1f} to {max(last):.1f} times all-token LoRA at {PLOT_ADAPTERS[-1]} adapters, by rank"
     )
-    axes.legend(fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    plots.finish_axes(axes, title, "adapters", "throughput / all-token LoRA's", log_x=PLOT_ADAPTERS, room=0.24)
+    device = f"{planner.tensor_parallel} x {planner.device.name}"
+    load = f"{work.num_requests} requests of {work.prompt} + {work.output} tokens"
+    plots.save(figure, file, f"{planner.shape.name} on {device}, {load}; first-order model, not measured; preft plan")

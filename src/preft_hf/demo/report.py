@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from preft_core import plots
 from preft_hf.demo.cities import ATTRIBUTION, Row
 
 
@@ -19,21 +20,19 @@ def write_report(
 
 
 def _plot(file: Path, metrics: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps, losses = zip(*metrics["losses"], strict=True)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", linewidth=1, label="training loss, one batch of 4")
-    axes.axhline(metrics["eval_loss"]["base"], color="tab:gray", linestyle="--", label="held-out loss, base model")
-    axes.axhline(metrics["eval_loss"]["preft"], color="tab:green", linestyle="--", label="held-out loss, adapter")
-    axes.set(xlabel="step", ylabel="loss, nats per response token", ylim=(0, None))
-    axes.set_title(f"{metrics['method']}, rank {metrics['rank']}, prefill only")
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    figure = plots.new_figure(7, 4)
+    axes = figure.subplots()
+    before, after = metrics["eval_loss"]["base"], metrics["eval_loss"]["preft"]
+    plots.draw(axes, "lora-p", steps, losses, label="training, batches of 4", marker="")
+    for system, loss, label in (("base", before, "held-out, base"), ("lora-p", after, "held-out, adapter")):
+        plots.draw(axes, system, [steps[0], steps[-1]], [loss, loss], label=label, linestyle="--", marker="")
+    axes.set_ylim(0, 1.1 * max(*losses, before))
+    title = f"Held-out loss falls from {before:.2f} to {after:.2f}"
+    plots.finish_axes(axes, title, "step", "loss, nats per response token", room=0.3)
+    plots.save(
+        file=file, figure=figure, source=f"{metrics['method']}, rank {metrics['rank']}, prefill only; preft demo"
+    )
 
 
 def _summary(metrics: dict[str, Any], rows: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> str:
