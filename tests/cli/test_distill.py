@@ -195,7 +195,7 @@ def test_a_rate_that_does_harm_stops_early_and_keeps_the_start(place, capsys):
     metrics = json.loads((place / "early" / "metrics.json").read_text())
     assert metrics["num_steps"] < 100
     assert metrics["after"] == metrics["before"]
-    assert "kept as it began" in capsys.readouterr().out
+    assert "the initial student is kept" in capsys.readouterr().out
     saved, start = load_adapter(place / "early"), widened(sharp_base(), place / "lora", 8)
     for name, layer in start.named_modules():
         if name.endswith("down_proj"):
@@ -241,7 +241,7 @@ def test_it_can_be_stopped_and_resumed(place, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        (("--rank", 1), "rank is 1 and the teacher's 2"),
+        (("--rank", 1), "rank is 1 and the teacher's is 2"),
         (("--method", "direft"), "--method is direft.*--start zero"),
         (("--eval-split", 0), "--eval-split is 0"),
         (("--max-length", 2), "no row of .* is left"),
@@ -255,7 +255,7 @@ def test_options_that_do_not_work(place, others, message):
 
 def test_teachers_that_do_not_work(place, tmp_path):
     make_preft(make_base()).save_pretrained(tmp_path / "preft")
-    with pytest.raises(ValueError, match="prefill-only adapter already"):
+    with pytest.raises(ValueError, match="already a prefill-only adapter"):
         load_teacher(make_base(), tmp_path / "preft")
     with pytest.raises(ValueError, match="does not fit the base model"):
         load_teacher(make_base(hidden_size=64), place / "lora")

@@ -149,7 +149,7 @@ def test_layers_outside_of_the_text_decoder_are_left_out_and_refused_by_name(kin
     assert chosen
     assert all(".language_model.layers." in name for name in chosen)
     name = "qkv" if kind == "qwen2_5_vl" else "q_proj"
-    with pytest.raises(ValueError, match=r"outside of the text decoder model\.language_model.*target_modules such as"):
+    with pytest.raises(ValueError, match=r"outside the text decoder model\.language_model.*target_modules such as"):
         get_peft_model(MODELS[kind](), PreftConfig(target_modules=[name]))
     some = get_peft_model(MODELS[kind](), PreftConfig(target_modules=r"model\.language_model\..*q_proj"))
     assert len([name for name, _ in some.named_parameters() if "preft_A" in name]) == 2

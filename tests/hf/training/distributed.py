@@ -117,3 +117,6 @@ if __name__ == "__main__":
     options = settings(mode)
     for method in methods:
         train(base_folder, Path(folder) / method, method, options)
+    if torch.distributed.is_initialized():
+        # threads of gloo that are left at the interpreter's end abort the process now and then
+        torch.distributed.destroy_process_group()

@@ -69,7 +69,7 @@ FAULTS = [
     ("lora", with_another, "unexpected"),
     ("lora", of_a_lora, r"missing.*preft_A.*unexpected.*lora_A"),
     ("lora", of_another_shape, "has shape"),
-    ("loreft", dependent, "rows that depend on each other"),
+    ("loreft", dependent, "linearly dependent rows"),
 ]
 
 

@@ -60,7 +60,7 @@ def test_a_config_that_does_not_fit_leaves_no_trace():
         ("direft", {"layers_to_transform": [1]}, r"1 modules that its config does not choose.*layers\.0"),
         ("lora", {"lora_alpha": 64}, r"scaling of its config is 16\.0 and its layers compute with 2\.0"),
         ("lora", {"use_rslora": True}, r"scaling of its config is 4\.0 and its layers compute with 2\.0"),
-        ("lora", {"r": 8, "lora_alpha": 16}, "do not fit method lora with r = 8"),
+        ("lora", {"r": 8, "lora_alpha": 16}, "do not match method lora with r = 8"),
     ],
 )
 def test_weights_that_are_not_their_configs_are_not_saved(method, change, message, tmp_path):
