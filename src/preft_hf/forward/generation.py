@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from preft_core.pool.slots import BASE_NAME
-from preft_hf.forward.cache_record import check_owners, record_generated
+from preft_hf.forward.cache_record import check_owners, drop_if_emptied, record_generated
 from preft_hf.forward.caches import cache_of, cache_of_output, cached_length
 from preft_hf.forward.continuous import ContinuousBatching
 from preft_hf.forward.positions import Generation, WholePrefill, first_position, generation_of
@@ -122,6 +122,7 @@ class PromptBoundary:
     ) -> Generation:
         """Returns the state of a generation that starts now."""
         cache = cache_of(kwargs)
+        drop_if_emptied(cache)
         if outer is not None and _is_draft(args, kwargs):
             seen = outer.first_id + (cached_length(cache) or 0)
             return Generation(outer.prompt_length, seen, outer.first_id, outer.starts, True, outer.adapters)

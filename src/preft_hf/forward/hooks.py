@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from preft_core.pool.slots import SlotPool
-from preft_hf.forward.cache_record import Owners, check_owners, record_owners
+from preft_hf.forward.cache_record import Owners, check_owners, drop_if_emptied, record_owners
 from preft_hf.forward.caches import cache_of, cache_of_output
 from preft_hf.forward.decision import given_phase, inferred_phase
 from preft_hf.forward.generation import PromptBoundary
@@ -134,6 +134,14 @@ class Attachment:
     ) -> None:
         """Checks the owner of the cache, and sets what `_after_forward` needs, if the forward has prompt tokens."""
         self.phase.reached = self._thread.owners = None
+        tokens = values.get("input_ids")
+        tokens = values.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return
+        cache = cache_of(values)
+        if phase is not False or (tokens.shape[1] > 1 and not self.boundary.active):
+            # not in decode: a static cache counts on the device
+            drop_if_emptied(cache)
         if phase is False:
             return
         # the layers of DataParallel's replicas are copies, which this attachment does not know
@@ -142,11 +150,9 @@ class Attachment:
         is_step = module.training and torch.is_grad_enabled()
         if is_step or isinstance(adapters, PackedAdapters) or values.get("use_cache") is False:
             return
-        tokens = values.get("input_ids")
-        tokens = values["inputs_embeds"] if tokens is None else tokens
         owners = self.routing.owners(adapters, tokens.shape[0])
         if set(owners) != {None}:
-            check_owners(cache_of(values), owners)
+            check_owners(cache, owners)
             self._thread.owners = owners
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -252,7 +252,7 @@ class Routing:
     def adapter_key(self, name: str) -> bytes:
         """Returns the key of the KV that an adapter makes, 16 bytes. It changes with the adapter's weights.
 
-        A write through `.data` or NumPy does not change the key of an adapter in the layers.
+        Writes that `version_of` does not see do not change the key of an adapter in the layers.
         """
         if self.disabled:
             return hashlib.blake2b(b"disabled", digest_size=16).digest()

@@ -16,6 +16,7 @@ from preft_hf.config import REFERENCE_NAME, PreftConfig
 from preft_hf.layers.per_thread import untraced
 from preft_hf.layers.phase import ForwardPhase, RoutedRows, SharedPhase
 from preft_hf.layers.rows import add_rows_, cast, check_present, check_slots, flat, masked, rows_added, rows_of
+from preft_hf.layers.weight_versions import version_of
 
 
 class PreftLayer(BaseTunerLayer):
@@ -61,13 +62,13 @@ class PreftLayer(BaseTunerLayer):
         return [] if self._disable_adapters else [name for name in self.active_adapters if name in self.preft_A]
 
     def state_of(self, adapter_name: str) -> tuple[object, ...]:
-        """Returns a value that changes with the adapter's weights in this layer, by PyTorch's version counters."""
+        """Returns a value that changes with the adapter's weights in this layer, by their version."""
         # Every prefill forward asks every layer: nn.Module's attribute search would take most of the time.
         modules, state = self.__dict__["_modules"], [self.scaling.get(adapter_name), self._disable_adapters]
         for leaf in self.adapter_layer_names:
             tensor = modules[leaf]._parameters.get(adapter_name)
             if tensor is not None:
-                state += id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+                state += id(tensor), tensor.data_ptr(), version_of(tensor)
         return tuple(state)
 
     def _active_here(self) -> list[str]:

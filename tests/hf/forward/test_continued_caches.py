@@ -243,8 +243,20 @@ def test_rows_of_a_cache_keep_their_adapters(kind):
     for swapped in (["few", "turn"], ["turn", "turn"], ["turn", BASE]):
         with pytest.raises(ValueError, match="another adapter"):
             go_on(swapped)
-    with pytest.raises(ValueError, match="2 rows of several adapters and this batch has 1"):
-        go_on(["few"], rows=(1,))
+    # rows are known again after they were selected, repeated or reordered
+    whole_batch = go_on(names).sequences
+    assert torch.equal(go_on(["few"], rows=(1,)).sequences, whole_batch[1:])
+    assert torch.equal(go_on(["few", "turn"], rows=(1, 0)).sequences, whole_batch[[1, 0]])
+    for other in (["turn", "few"], ["few", "few"]):
+        with pytest.raises(ValueError, match="another adapter"):
+            go_on(other, rows=(1, 0))
+    with pytest.raises(ValueError, match="another adapter"):
+        go_on(["turn"], rows=(1,))
+    # keys that are not those of the prompts tell nothing
+    changed = copy.deepcopy(cache_of(first))
+    changed.layers[-1].keys.add_(1)
+    with pytest.raises(ValueError, match="nothing tells which row"):
+        model.generate(**whole(longer), adapter_names=names, **cache_argument(changed), **GREEDY)
 
 
 def test_a_pool_beside_adapters_that_are_active():
@@ -298,3 +310,66 @@ def test_a_custom_loop_over_a_cache_that_does_not_count():
         model(input_ids=QUESTION, **cache_argument(cache))
         with pytest.raises(ValueError, match=r"1 tokens on a cache without a length.*preft_phase"):
             model(input_ids=QUESTION[:, :1], **cache_argument(cache))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_is_emptied_and_filled_again_has_its_new_owner(kind):
+    c, model = two_adapters()
+    cache = DynamicCache(config=c.base.config) if kind == "dynamic" else StaticCache(c.base.config, max_cache_len=64)
+    model.set_adapter("wide")
+    model.generate(input_ids=QUESTION, **cache_argument(cache), **GREEDY)
+    cache.reset()
+    model.set_adapter("edit")
+    first = model.generate(input_ids=QUESTION, **cache_argument(cache), **GREEDY)
+    longer = whole(torch.cat([first.sequences, MORE], 1))
+    mine = cache_argument(copy.deepcopy(cache_of(first)))
+    model.set_adapter("wide")
+    with pytest.raises(ValueError, match="another adapter"):
+        model.generate(**longer, **cache_argument(cache), **GREEDY)
+    model.set_adapter("edit")
+    fresh = model.generate(input_ids=QUESTION, **GREEDY)
+    expected = model.generate(**longer, **cache_argument(cache_of(fresh)), **GREEDY)
+    assert torch.equal(model.generate(**longer, **mine, **GREEDY).sequences, expected.sequences)
+    # filled by the base model
+    cache.reset()
+    with model.disable_adapter(), torch.no_grad():
+        model(input_ids=QUESTION, **cache_argument(cache))
+    model.set_adapter("wide")
+    model.generate(**whole(torch.cat([QUESTION, MORE], 1)), **cache_argument(cache), **GREEDY)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_step_changes_whose_a_cache_is(fused):
+    model = make_preft(make_base())
+    first = model.generate(input_ids=QUESTION, **GREEDY)
+    labels = QUESTION.clone()
+    labels[:, :4] = -100
+    model.train()(input_ids=QUESTION, labels=labels).loss.backward()
+    trained_ones = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.AdamW(trained_ones, lr=0.1, fused=fused).step()
+    longer = torch.cat([first.sequences, MORE], 1)
+    with pytest.raises(ValueError, match="before its weights changed"):
+        model.eval().generate(**whole(longer), **cache_argument(cache_of(first)), **GREEDY)
+
+
+@methods
+def test_a_cache_that_is_cropped_to_an_earlier_turn(method):
+    c = case("llama", method)
+    first = c.model.generate(input_ids=QUESTION, **GREEDY)
+    longer = torch.cat([first.sequences, MORE + 1], 1)
+    second = c.model.generate(**whole(longer), **cache_argument(cache_of(first)), **GREEDY)
+    cache = cache_of(second)
+    cache.crop(first.sequences.shape[1] - second.sequences.shape[1])
+    other = whole(torch.cat([first.sequences, MORE], 1))
+    check(c.model.generate(**other, **cache_argument(cache), **GREEDY), continued(c, first.sequences, MORE))
+
+
+@methods
+def test_reordered_rows_know_their_own_answers(method):
+    c = case("llama", method)
+    first = c.model.generate(input_ids=QUESTION, **GREEDY)
+    cache = cache_of(first)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    ids = torch.cat([first.sequences, MORE], 1)[[1, 0]]
+    output = c.model.generate(**whole(ids), **cache_argument(cache), **GREEDY)
+    check(output, [found[[1, 0]] for found in continued(c, first.sequences, MORE)])
