@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage lint format docs test-tgi test-vllm bench clean
+.PHONY: demo test test-fast coverage lint format docs test-tgi test-vllm bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -13,6 +13,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
 
 test: .venv/dev.stamp lint
 	$(PYTEST)
+
+# for the inner loop: the rule, the format, the ops, the pool, PEFT's face and every decoding mode
+FAST := tests/core/rule tests/core/format tests/core/ops tests/core/pool tests/core/test_*.py tests/hf/tuner \
+	tests/hf/forward/test_modes.py tests/hf/forward/test_decode_is_base.py tests/hf/forward/test_caches.py \
+	tests/hf/training/test_labels.py tests/test_layout.py
+test-fast: .venv/dev.stamp
+	$(PYTEST) -m "not slow" $(FAST)
 
 # the tests again, counting lines, which takes a third longer
 coverage: .venv/dev.stamp
