@@ -240,3 +240,7 @@ def plan(
 
 for command in (distillation.distill, hub.push, hub.pull, hub.verify, hub.convert, hub.export, doctor.doctor):
     app.command()(command)
+
+
+if __name__ == "__main__":
+    main()

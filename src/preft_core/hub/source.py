@@ -27,7 +27,8 @@ from preft_core.format.config import MAX_CONFIG_BYTES, HubError, read_config
 from preft_core.format.header import HEADER_START_BYTES, MAX_FILE_BYTES, TensorInfo, header_length, parse_header
 from preft_core.hub.workers import worker_threads
 
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# "./name" and "../name" are folders, also where there is none
+_HUB_ID = re.compile(r"(?!\.{1,2}/)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 # huggingface_hub does not wrap the errors of its transport: requests before 1.0, then httpx, then httpx2
 _TRANSPORTS = [find_spec(name) and import_module(name) for name in ("httpx2", "httpx", "requests")]
@@ -128,7 +129,7 @@ def hub_id(location: str) -> tuple[str, str | None] | None:
     """Returns (org/name, revision) of a Hub id; None for anything else.
 
     Args:
-        location: "org/name" or "org/name@revision". An existing path is not a Hub id
+        location: "org/name" or "org/name@revision". An existing path is not a Hub id, nor is "./name"
     Returns: the revision is None if it is omitted.
     """
     match = _HUB_ID.fullmatch(location)

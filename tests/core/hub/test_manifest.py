@@ -10,7 +10,7 @@ import pytest
 from preft_core.format.config import AdapterError
 from preft_core.hub.manifest import read_manifest, write_manifest
 from preft_core.hub.push_pull import Pulled, pinned
-from preft_core.hub.source import hub_id
+from preft_core.hub.source import find_adapter, hub_id
 
 PLACES = {"hub": "org/name@" + "0" * 40, "tax": "m/tax", "up": "other", "beside": "sub/deep"}
 
@@ -75,3 +75,11 @@ def test_a_manifest_is_for_those_whom_the_umask_lets_read(tmp_path, umask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "preft.toml").stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("location", ["./tone", "../tone", "./tone@main"])
+def test_a_path_is_never_looked_for_on_the_hub(location, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("preft_core.hub.source._download", lambda *_: pytest.fail("a path was looked for on the Hub"))
+    with pytest.raises(AdapterError, match="is neither a directory nor a Hub id"):
+        find_adapter(location)
