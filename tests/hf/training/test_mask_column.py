@@ -172,7 +172,7 @@ def test_named_datasets_of_evaluate_are_looked_at(tmp_path):
 @pytest.mark.parametrize("kind", ["mapped stream", "torch stream", "once"])
 def test_a_stream_without_the_column_keeps_its_rows(kind, tmp_path):
     make: Any = {"mapped stream": stream, "torch stream": Stream, "once": Once}[kind]
-    args = {"max_steps": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    args = {"max_steps": 4, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     expected, found = (
         Trainer(
             make_preft(make_base(), init_weights=True),
