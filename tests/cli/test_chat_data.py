@@ -113,15 +113,16 @@ def test_rows_that_are_no_text_are_named_by_their_line(tmp_path):
 
 
 def test_marked_messages_are_context_and_are_not_learned(tmp_path):
-    answers = [{"role": "assistant", "content": f"w{30 + i}"} for i in range(4)]
-    marks: list[dict[str, Any]] = [{"weight": 0}, {"train": False}, {"weight": 1, "train": True}, {}]
+    answers = [{"role": "assistant", "content": f"w{30 + i}"} for i in range(6)]
+    marks: list[dict[str, Any]] = [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0}]
+    marks += [{"weight": 1, "train": True, "loss": True, "loss_weight": 1.0}, {"loss": None}]
     messages = [m for answer, mark in zip(answers, marks, strict=True) for m in (USER | {"weight": 0}, answer | mark)]
     turns = read_turns(write(tmp_path, {"messages": messages, "id": 7, "system": None}))
     plain = [m for answer in answers for m in (USER, answer)]
-    assert turns == [Turn(plain[:5], answers[2], 1), Turn(plain[:7], answers[3], 1)]
+    assert turns == [Turn(plain[:9], answers[4], 1), Turn(plain[:11], answers[5], 1)]
     samples, _ = encode_turns(turns, chat_tokenizer(), 64)
     learned = [[label for label in sample["labels"] if label >= 0] for sample in samples]
-    assert learned == [[32, 2], [33, 2]]
+    assert learned == [[34, 2], [35, 2]]
     asked = [USER, answers[0] | {"train": False}, USER]
     assert read_turns(write(tmp_path, {"messages": asked}), prompts_alone=True) == [
         Turn([USER, answers[0], USER], "", 1)
@@ -132,6 +133,8 @@ ANSWER = {"role": "assistant", "content": "w06"}
 NOT_READ: dict[str, tuple[dict[str, Any], str]] = {
     "weight": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight is 0.5: it is 1 or 0"),
     "train": ({"messages": [USER, ANSWER | {"train": "no"}]}, "train is 'no': it is True or False"),
+    "loss": ({"messages": [USER, ANSWER | {"loss": "no"}]}, "loss is 'no': it is True or False"),
+    "loss_weight": ({"messages": [USER, ANSWER | {"loss_weight": 0.5}]}, "loss_weight is 0.5: it is 1 or 0"),
     "a learned prompt": ({"messages": [USER | {"train": True}, ANSWER]}, "train is True on a message of user"),
     "loss_mask": ({"messages": [USER, ANSWER | {"loss_mask": 0}]}, "loss_mask: mark what is not learned"),
     "nothing learned": ({"messages": [USER, ANSWER | {"weight": 0}]}, "each assistant message is marked"),
@@ -160,6 +163,14 @@ def test_a_part_of_any_message_that_the_template_leaves_out_is_refused(tmp_path)
     for encode in (encode_turns, encode_prompts):
         with pytest.raises(DataError, match=r"line 1: .*leaves images of message 0 out"):
             encode(turns, chat_tokenizer(), 64)
+    for value in (False, 0, 0.0):
+        turns = read_turns(write(tmp_path, {"messages": [USER, ANSWER | {"loss_scale": value}]}))
+        with pytest.raises(DataError, match=r"line 1: .*leaves loss_scale of message 1 out"):
+            encode_turns(turns, chat_tokenizer(), 64)
+    # what stands for nothing
+    empty = {"tool_calls": [], "refusal": None, "audio": {}, "note": "", "name": "w01"}
+    turns = read_turns(write(tmp_path, {"messages": [USER | empty, ANSWER | empty]}))
+    assert len(encode_turns(turns, chat_tokenizer(), 64)[0]) == 1
     # reasoning of an earlier turn is left out by most templates
     messages = [USER, ANSWER | {"reasoning_content": "w40", "train": False}, USER, ANSWER]
     assert len(encode_turns(read_turns(write(tmp_path, {"messages": messages})), chat_tokenizer(), 64)[0]) == 1

@@ -135,7 +135,9 @@ def gaps_in_responses(
     """Returns how many rows, runs and tokens are unlabelled inside a response; None if there are none.
 
     A run between two labelled tokens of a sequence begins a turn if an end-of-turn token is in it or among the last
-    two tokens before it. Where the batch has none of the known end-of-turn tokens, those that end its sequences count.
+    two tokens before it. If no run of the batch does, the known tokens may be the end of text alone. The tokens that
+    end its sequences then count as end-of-turn tokens, provided that each run begins a turn by them or that the batch
+    has no known one.
 
     Args:
         mask, labels, positions, tokens: as of `check_prompts`, of one shape; None for positions or tokens: not known
@@ -151,20 +153,43 @@ def gaps_in_responses(
         return None
     begins = gap & ~_moved(gap, 1)
     run = begins.flatten().cumsum(0).view_as(mask)
-    is_open = torch.ones(int(run.max()) + 1, dtype=torch.bool, device=mask.device)
-    if tokens is not None:
-        is_end = torch.isin(tokens, torch.tensor(ends, device=tokens.device, dtype=tokens.dtype)) & (mask | labelled)
-        if not is_end.any():
+    if tokens is None:
+        is_open = torch.ones(int(run.max()) + 1, dtype=torch.bool, device=mask.device)
+    else:
+        known = torch.isin(tokens, torch.tensor(ends, device=tokens.device, dtype=tokens.dtype)) & (mask | labelled)
+        is_open = _open_runs(known, gap, begins, run)
+        if is_open[1:].all():
             final = labelled & (later == 1)
-            after = _moved(final, 1) & mask & ~starts
-            is_end = torch.isin(tokens, tokens[final | after]) & (mask | labelled)
-        is_open[run[gap & is_end]] = False
-        for distance in range(1, TOKENS_AFTER_TURN + 1):
-            is_open[run[begins & _moved(is_end, distance)]] = False
+            is_end = torch.isin(tokens, _closing_tokens(tokens, labelled, final, known, mask & ~starts))
+            inferred = _open_runs(is_end & (mask | labelled), gap, begins, run)
+            if not known.any() or not inferred[1:].any():
+                is_open = inferred
     found = gap & is_open[run]
     if not found.any():
         return None
     return int(found.any(1).sum()), int((begins & found).sum()), int(found.sum())
+
+
+def _open_runs(is_end: Tensor, gap: Tensor, begins: Tensor, run: Tensor) -> Tensor:
+    """Returns bool (runs + 1,), True on the runs that begin no turn. Runs are counted from 1."""
+    is_open = torch.ones(int(run.max()) + 1, dtype=torch.bool, device=run.device)
+    is_open[run[gap & is_end]] = False
+    for distance in range(1, TOKENS_AFTER_TURN + 1):
+        is_open[run[begins & _moved(is_end, distance)]] = False
+    return is_open
+
+
+def _closing_tokens(tokens: Tensor, labelled: Tensor, final: Tensor, known: Tensor, prompt: Tensor) -> Tensor:
+    """Returns the tokens that end the sequences of a batch.
+
+    Those are the last labelled token, the prompt token after it, and the token before a known end, which may be an
+    end of text appended to the last turn. The latter counts only if no response has it elsewhere, as a full stop would
+    be.
+    """
+    before = labelled & _moved(final & known, -1)
+    inside = labelled & _moved(labelled & ~known, -1)
+    before = before & ~torch.isin(tokens, tokens[inside])
+    return tokens[final | (_moved(final, 1) & prompt) | before]
 
 
 def _starts(mask: Tensor, positions: Tensor | None) -> Tensor:
@@ -177,8 +202,8 @@ def _starts(mask: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def _moved(flags: Tensor, distance: int) -> Tensor:
-    """Returns the flags of the tokens that stand so many tokens before in the row."""
-    return functional.pad(flags, (distance, 0))[:, : flags.shape[1]]
+    """Returns the flags of the tokens that stand so many tokens before in the row; after, if negative."""
+    return functional.pad(flags, (distance, -distance))
 
 
 def _count_before(counted: Tensor, starts: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from preft_hf.forward.label_checks import GAP, IGNORED_LABEL, check_loss, check_prompts, gaps_in_responses, shaped
 from preft_hf.layers.phase import SharedPhase, declared, phase_of_mask
 
 MASK_COLUMN = "prefill_mask"
 STEPS = frozenset({"compute_loss", "prediction_step", "training_step"})
+# methods of a Trainer that take a dataset, and the name of the argument
+DATASET_ARGUMENTS = {"evaluate": "eval_dataset", "predict": "test_dataset"}
 
 
 class GapWarning:
@@ -79,17 +82,17 @@ class LabelsRule:
         return phase_of_mask(mask)
 
     def _check_column(self) -> None:
-        """Raises a ValueError if a Trainer dropped the mask that its dataset has. Looks once at each dataset."""
+        """Raises a ValueError if a Trainer dropped the mask that its dataset has. Reads a row of a dataset once."""
         step = _step()
         if step is None:
             return
-        trainer, is_evaluation = step
-        dataset = trainer.eval_dataset if is_evaluation else trainer.train_dataset
+        trainer, dataset = step
         if id(dataset) in self._known_datasets:
             return
         if has_mask_column(dataset):
             raise ValueError(dropped_column(trainer))
-        self._known_datasets.add(id(dataset))
+        if not isinstance(dataset, Sequence) and getattr(dataset, "column_names", None) is None:
+            self._known_datasets.add(id(dataset))
 
 
 def end_tokens(model: Any) -> list[int]:
@@ -126,32 +129,62 @@ def trainer_of_step() -> str | None:
     return None if step is None else type(step[0]).__name__
 
 
-def _step() -> tuple[Any, bool] | None:
-    """Returns the Trainer whose step runs in this thread and whether it is a step of evaluation; None outside of one.
+def _step() -> tuple[Any, Any] | None:
+    """Returns the Trainer whose step runs in this thread and the dataset of the step; None outside of one.
 
     A Trainer has no argument, attribute or event that says so to a model, hence the look at the callers. Callbacks and
-    metrics run outside of the steps.
+    metrics run outside of the steps. Nor does it keep the dataset given to `evaluate` or `predict`, and its dataloader
+    has the dataset without the columns that it removed.
     """
     trainers = sys.modules.get("transformers.trainer")
-    frame, found = sys._getframe(1), None
+    frame, trainer, step, given = sys._getframe(1), None, "", None
     while trainers is not None and frame is not None:
-        if frame.f_code.co_name in STEPS:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, trainers.Trainer):
-                # compute_loss runs in both kinds of step
-                found = owner, frame.f_code.co_name == "prediction_step"
+        name = frame.f_code.co_name
+        if name in STEPS or name in DATASET_ARGUMENTS:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, trainers.Trainer):
+                if name in STEPS:
+                    # compute_loss runs in both kinds of step
+                    trainer, step = caller, name
+                elif given is None:
+                    given = frame.f_locals.get(DATASET_ARGUMENTS[name])
         frame = frame.f_back
-    return found
+    if trainer is None:
+        return None
+    is_evaluation = step == "prediction_step"
+    dataset = (trainer.eval_dataset if given is None else given) if is_evaluation else trainer.train_dataset
+    if isinstance(dataset, str):
+        # evaluate takes the name of one of its datasets
+        dataset = trainer.eval_dataset[dataset]
+    if dataset is None:
+        # a subclass has dataloaders without a dataset of the Trainer
+        loaders = trainer.callback_handler
+        dataset = getattr(loaders.eval_dataloader if is_evaluation else loaders.train_dataloader, "dataset", None)
+    return trainer, dataset
 
 
 def has_mask_column(dataset: Any) -> bool:
-    """Returns whether a dataset, or one of a dict of datasets, has a column prefill_mask."""
+    """Returns whether a dataset, or one of a dict of datasets, has a column prefill_mask.
+
+    A dataset that does not name its columns is asked for its first row.
+    """
     if isinstance(dataset, Mapping):
         return any(has_mask_column(part) for part in dataset.values())
     columns = getattr(dataset, "column_names", None)
-    if columns is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
-        columns = dataset[0]
+    if columns is None:
+        columns = _first_row(dataset)
     return isinstance(columns, (Mapping, Sequence)) and MASK_COLUMN in columns
+
+
+def _first_row(dataset: Any) -> Any:
+    """Returns the first row of a dataset; None without one, and for an iterator, which would lose the row."""
+    # torch's base class has a __getitem__ that raises
+    if isinstance(dataset, IterableDataset):
+        rows = iter(dataset)
+        return None if rows is dataset else next(rows, None)
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        return dataset[0]
+    return None
 
 
 def dropped_column(trainer: Any) -> str:

@@ -115,7 +115,8 @@ def _check_written(
     """
     message = messages[index]
     for name in sorted(message.keys() - KNOWN_TO_TEMPLATES - optional):
-        if not message[name]:
+        # False and 0 say something that a template may not read
+        if message[name] is None or message[name] in ("", [], {}):
             continue
         without = {key: value for key, value in message.items() if key != name}
         texts = [

@@ -12,7 +12,12 @@ INERT = frozenset({"id", "idx", "index", "metadata", "source", "timestamp"})
 ROW_OF_MESSAGES = frozenset({"messages", "tools"})
 ROW_OF_TEXTS = frozenset({"prompt", "response"})
 # what a message says of its own training, and the values of "train it" and "leave it out of the loss"
-MARKS: dict[str, tuple[Any, Any]] = {"weight": (1, 0), "train": (True, False)}
+MARKS: dict[str, tuple[Any, Any]] = {
+    "weight": (1, 0),
+    "train": (True, False),
+    "loss": (True, False),
+    "loss_weight": (1, 0),
+}
 
 
 class DataError(ValueError):
@@ -50,7 +55,8 @@ def read_turns(path: str | Path, prompts_alone: bool = False) -> list[Turn]:
 
     Messages give one turn for each assistant message, everything before it being the prompt. The chat template gets
     them as they are, with what else they have (tool_calls, reasoning_content), and the row's "tools". An assistant
-    message with "weight": 0 or "train": false is context: it is part of later prompts and is not learned.
+    message with "weight": 0, "train": false, "loss": false or "loss_weight": 0 is context: it is part of later prompts
+    and is not learned.
 
     Args:
         prompts_alone: take rows without a response too, and messages that end with another role's
@@ -172,8 +178,8 @@ def expand_turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[d
 
         Dataset.from_list([sample for row in rows for sample in expand_turns(row["messages"])])
 
-    An assistant turn marked with "weight": 0 or "train": False gives no sample; it stays in the prompts of later ones.
-    The marks are taken off.
+    An assistant turn marked with "weight": 0, "train": False, "loss": False or "loss_weight": 0 gives no sample; it
+    stays in the prompts of later ones. The marks are taken off.
 
     Args:
         messages: dicts with "role" and "content", in order
@@ -200,7 +206,7 @@ def expand_turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, list[d
 
 
 def is_trained(message: Mapping[str, Any], faults: list[str]) -> bool:
-    """Returns whether a message is to be learned by its "weight" and "train"; what is wrong in them goes to faults."""
+    """Returns whether a message is to be learned by its marks; what is wrong in them goes to faults."""
     is_answer, trained = message.get("role") == "assistant", True
     for name, (yes, no) in MARKS.items():
         value = message.get(name)

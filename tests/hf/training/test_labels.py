@@ -98,6 +98,14 @@ GAPS: dict[str, tuple[list[int], list[int], tuple[int, int]]] = {
     ),
     "another end of a turn": ([5, 7, 4, 5, 6, 8, 4], [0, 1, 1, 0, 0, 1, 1], (0, 0)),
     "another end, without loss": ([5, 7, 4, 5, 6, 8, 4], [0, 1, 0, 0, 0, 1, 0], (0, 0)),
+    "an end of text after turns that end otherwise": ([5, 7, 4, 5, 6, 8, 4, END], [0, 1, 1, 0, 0, 1, 1, 1], (0, 0)),
+    "the same, end of text without loss": ([5, 7, 4, 5, 6, 8, 4, END], [0, 1, 1, 0, 0, 1, 1, 0], (0, 0)),
+    "an end of text before such turns": ([END, 5, 7, 4, 5, 6, 8, 4], [0, 0, 1, 1, 0, 0, 1, 1], (0, 0)),
+    "a thought between sentences": (
+        [5, 7, 4, 8, 4, THOUGHT, 8, 4, END],
+        [0, 1, 1, 1, 1, 0, 1, 1, 1],
+        (1, 1),
+    ),
     "no end": ([5, 7, 5, 6, 8], [0, 1, 0, 0, 1], (1, 2)),
 }
 
@@ -129,8 +137,8 @@ def test_sequences_of_a_packed_row_are_told_apart():
             pair = [row_of(first), row_of(second)]
             whole = {name: torch.cat([row[name] for row in pair], 1) for name in pair[0]}
             positions = torch.cat([torch.arange(row["labels"].shape[1]) for row in pair])[None]
-            if any("another" in name or name == "no end" for name in (first, second)):
-                # beside a sequence with a known end these look like thoughts
+            if any("another" in name or "end of text" in name or name == "no end" for name in (first, second)):
+                # beside a sequence whose turns have another end these look like thoughts
                 continue
             runs, tokens = (a + b for a, b in zip(GAPS[first][2], GAPS[second][2], strict=True))
             assert found(whole, positions) == ((1, runs, tokens) if runs else None), (first, second)

@@ -1,13 +1,15 @@
 """A prefill_mask column reaches the model, or the first step says that it does not."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import DataCollatorForSeq2Seq, DynamicCache, Trainer
 
 from preft_hf import PrefillMaskCollator
@@ -35,6 +37,9 @@ ROWS: list[dict[str, list[int]]] = [
     }
     for ids in IDS
 ]
+# the same, with labels on the whole responses
+WITHOUT = [{"input_ids": ids, "labels": [-100] * 4 + ids[4:], "attention_mask": [1] * len(ids)} for ids in IDS]
+MESSAGE = r"has a column prefill_mask that \w*Trainer .*remove_unused_columns=False and data_collator=Prefill"
 
 
 class Rows(TorchDataset):
@@ -45,7 +50,45 @@ class Rows(TorchDataset):
         return ROWS[i]
 
 
-DATASETS = {"Dataset": Dataset.from_list(ROWS), "list": ROWS, "torch": Rows()}
+class Stream(TorchIterableDataset):
+    """Has a length, and a __getitem__ of its base class that raises."""
+
+    def __init__(self, rows: list[dict[str, list[int]]] = ROWS):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return iter(self.rows)
+
+
+class Once(TorchIterableDataset):
+    """Its rows can be read once."""
+
+    def __init__(self, rows: list[dict[str, list[int]]]):
+        self.rows = iter(rows)
+
+    def __iter__(self) -> "Once":
+        return self
+
+    def __next__(self) -> dict[str, list[int]]:
+        return next(self.rows)
+
+
+def stream(rows: list[dict[str, list[int]]] = ROWS) -> IterableDataset:
+    """As `load_dataset(streaming=True).map(tokenize)` is."""
+    return Dataset.from_list(rows).to_iterable_dataset().map(lambda row: row)
+
+
+DATASETS = {
+    "Dataset": Dataset.from_list(ROWS),
+    "list": ROWS,
+    "torch": Rows(),
+    "mapped stream": stream(),
+    "generator": IterableDataset.from_generator(lambda: iter(ROWS)),
+    "torch stream": Stream(),
+}
 
 
 def plain(path, dataset: Any, wrap: bool, **others: Any) -> Any:
@@ -87,17 +130,64 @@ def two_phase_loss() -> Tensor:
     return torch.cat(losses).mean()
 
 
-@pytest.mark.parametrize(("make", "kind"), [(plain, kind) for kind in DATASETS] + [(sft, "Dataset")])
+@pytest.mark.parametrize(
+    ("make", "kind"), [(plain, kind) for kind in DATASETS] + [(sft, "Dataset"), (sft, "mapped stream")]
+)
 def test_a_dropped_mask_is_refused_and_a_kept_one_is_trained_with(make, kind, tmp_path):
     trainer = make(tmp_path, DATASETS[kind], wrap=False)
-    message = r"has a column prefill_mask that \w*Trainer .*remove_unused_columns=False and data_collator=Prefill"
     for refused in (lambda: check_trainer(trainer), trainer.evaluate, trainer.train):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=MESSAGE):
             refused()
     trainer = make(tmp_path, DATASETS[kind], wrap=True)
     check_trainer(trainer)
     assert abs(trainer.evaluate()["eval_loss"] - two_phase_loss()) < 1e-4
     trainer.train()
+
+
+def test_streams_do_not_name_their_columns():
+    assert [getattr(DATASETS[kind], "column_names", None) for kind in ("mapped stream", "generator")] == [None, None]
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_the_dataset_given_to_evaluate_or_predict_is_looked_at(method, tmp_path):
+    trainer = plain(tmp_path, WITHOUT, wrap=False)
+    run = getattr(trainer, method)
+    for dataset in DATASETS.values():
+        run(Dataset.from_list(WITHOUT))
+        with pytest.raises(ValueError, match=MESSAGE):
+            run(dataset)
+    trainer.train()
+
+
+def test_named_datasets_of_evaluate_are_looked_at(tmp_path):
+    trainer = plain(tmp_path, WITHOUT, wrap=False)
+    named = {"first": WITHOUT, "second": DATASETS["mapped stream"]}
+    trainer.eval_dataset = named
+    trainer.evaluate("first")
+    for given in ("second", None, named):
+        with pytest.raises(ValueError, match=MESSAGE):
+            trainer.evaluate(given)
+
+
+@pytest.mark.parametrize("kind", ["mapped stream", "torch stream", "once"])
+def test_a_stream_without_the_column_keeps_its_rows(kind, tmp_path):
+    make: Any = {"mapped stream": stream, "torch stream": Stream, "once": Once}[kind]
+    args = {"max_steps": 4, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    expected, found = (
+        Trainer(
+            make_preft(make_base(), init_weights=True),
+            arguments(tmp_path, **args),
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        )
+        for rows in (Stream(WITHOUT * 2), make(WITHOUT * 2))
+    )
+    expected.train()
+    found.train()
+    losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (expected, found)]
+    assert losses[0] == losses[1]
+    loss = expected.evaluate(Stream(WITHOUT))["eval_loss"]
+    assert found.evaluate(make(WITHOUT))["eval_loss"] == loss
 
 
 def test_a_collator_that_drops_the_mask_is_refused(tmp_path):
