@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from preft_cli import distillation, doctor, hub
-from preft_cli.options import Method, Precision, quiet
+from preft_cli.options import Method, Precision, learning_rate, quiet
 from preft_core.format.config import HubError
 
 HELP = """Prefill-only finetuning: adapters that act on prompt tokens only; decoding runs the base model.
@@ -110,7 +110,10 @@ def train(
     alpha: Annotated[
         float | None, typer.Option(help="Scaling: alpha / rank. Default 2 * rank, for direft rank.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW; 3e-3 suits rank 16 at 135 M parameters.")] = 1e-3,
+    lr: Annotated[
+        float,
+        typer.Option(callback=learning_rate, help="Learning rate of AdamW; 3e-3 suits rank 16 at 135 M parameters."),
+    ] = 1e-3,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,

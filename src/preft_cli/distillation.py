@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from preft_cli.options import Method, Precision, quiet
+from preft_cli.options import Method, Precision, learning_rate, quiet
 
 
 class Start(str, Enum):
@@ -31,7 +31,7 @@ def distill(
     method: Annotated[
         Method, typer.Option(help="Method of the student; direft and loreft need --start zero.")
     ] = Method.lora,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
+    lr: Annotated[float, typer.Option(callback=learning_rate, help="Learning rate of AdamW.")] = 1e-3,
     steps: Annotated[int | None, typer.Option(min=1, help="Maximum optimizer steps, instead of --epochs.")] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="Maximum passes over the data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,

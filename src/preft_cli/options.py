@@ -1,6 +1,9 @@
-"""Choices that several commands share, and the verbosity of libraries."""
+"""Choices and checks that several commands share, and the verbosity of libraries."""
 
+import math
 from enum import Enum
+
+import typer
 
 
 class Method(str, Enum):
@@ -17,6 +20,13 @@ class Precision(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def learning_rate(value: float) -> float:
+    """Checks --lr before anything is loaded."""
+    if not (math.isfinite(value) and value > 0):
+        raise typer.BadParameter(f"{value} is not a finite number above 0: give one such as 1e-3")
+    return value
 
 
 def quiet() -> None:

@@ -115,6 +115,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_losses(place):
         (["train", "--model", "x", "--data", "nowhere", "--output", "y"], 2, "nowhere cannot be read"),
         (["train", "--model", "x", "--data", "x", "--output", "y", "--method", "dora"], 2, "dora"),
         (["train", "--model", "x"], 2, "--data"),
+        (["train", "--model", "x", "--data", "x", "--output", "y", "--lr", "nan"], 2, "not a finite number above 0"),
+        (["distill", "x", "--data", "x", "--output", "y", "--lr", "-1"], 2, "not a finite number above 0"),
         (["fly"], 2, "fly"),
     ],
 )
